@@ -1,0 +1,236 @@
+"""What the observer can be told: one validated value that travels from the ranks to the writer."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, Field, SecretStr, StringConstraints, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+MODES = ("cloud", "local", "offline", "disabled")
+
+
+class SettingsError(ValueError):
+    """A setting is wrong. The message is one sentence: what, which value, what to do."""
+
+
+def _env(*names: str) -> Any:
+    """A field that is also read from these environment variables, the first that is set."""
+    return AliasChoices(*names)
+
+
+ProjectName = Annotated[str, StringConstraints(pattern=r"^[0-9a-zA-Z_\-+.]{1,100}$")]
+RunId = Annotated[str, StringConstraints(pattern=r'^[^<>:"/\\|?*#%\s]{1,64}$')]
+
+
+class ObserverSettings(BaseSettings):
+    """Settings of a run, from keywords and from the environment (keywords win).
+
+    Example::
+
+        ObserverSettings(project="demo", mode="local")
+
+    Raises:
+        SettingsError: a value or a name is wrong.
+    """
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        populate_by_name=True,
+        hide_input_in_errors=True,
+        str_strip_whitespace=True,
+        # An empty variable says nothing, so `SWANLAB_MODE= python train.py` means the default.
+        env_ignore_empty=True,
+    )
+
+    use_swanlab: bool = Field(default=False, validation_alias=_env("use_swanlab", "USE_SWANLAB"))
+    """Track this run. Setting a project turns it on by itself; an explicit false turns everything off."""
+
+    project: ProjectName | None = Field(default=None, validation_alias=_env("project", "SWANLAB_PROJ_NAME"))
+    """Project name (required): 1 to 100 of ``0-9 a-z A-Z _ - + .``."""
+
+    experiment_name: str | None = Field(
+        default=None, min_length=1, max_length=512, validation_alias=_env("experiment_name", "SWANLAB_EXP_NAME")
+    )
+    """Experiment name; SwanLab makes one up where there is none."""
+
+    description: str | None = Field(
+        default=None, min_length=1, max_length=1024, validation_alias=_env("description", "SWANLAB_DESCRIPTION")
+    )
+    """Experiment description."""
+
+    mode: Literal["cloud", "local", "offline", "disabled"] = Field(
+        default="cloud", validation_alias=_env("mode", "SWANLAB_MODE")
+    )
+    """``cloud`` (also called ``online``), ``local``, ``offline`` or ``disabled``."""
+
+    workspace: str | None = Field(
+        default=None, min_length=1, max_length=25, validation_alias=_env("workspace", "SWANLAB_WORKSPACE")
+    )
+    """Workspace or organisation name."""
+
+    api_key: SecretStr | None = Field(default=None, validation_alias=_env("api_key", "SWANLAB_API_KEY"))
+    """API key of the SwanLab cloud. Prefer the environment variable."""
+
+    web_host: str | None = Field(default=None, validation_alias=_env("web_host", "SWANLAB_WEB_HOST"))
+    """Web host of a private deployment, such as ``https://swanlab.example.com``."""
+
+    api_host: str | None = Field(default=None, validation_alias=_env("api_host", "SWANLAB_API_HOST"))
+    """API host of a private deployment."""
+
+    log_model: bool = Field(default=False, validation_alias=_env("log_model", "SWANLAB_LOG_MODEL"))
+    """Log model checkpoints. SwanLab cannot store them yet, so this only says so once."""
+
+    lark_webhook_url: SecretStr | None = Field(
+        default=None, validation_alias=_env("lark_webhook_url", "SWANLAB_LARK_WEBHOOK_URL")
+    )
+    """Webhook of a Lark (Feishu) bot for team notifications."""
+
+    lark_secret: SecretStr | None = Field(default=None, validation_alias=_env("lark_secret", "SWANLAB_LARK_SECRET"))
+    """HMAC secret of that bot."""
+
+    log_completions: bool = Field(default=True, validation_alias=_env("log_completions", "SWANLAB_LOG_COMPLETIONS"))
+    """Log RLHF completions (DPO, KTO, ORPO, CPO, GRPO) as a table."""
+
+    completion_log_interval: int = Field(
+        default=100, ge=1, validation_alias=_env("completion_log_interval", "SWANLAB_COMPLETION_LOG_INTERVAL")
+    )
+    """Steps between two completion tables."""
+
+    completion_max_buffer: int = Field(
+        default=128, ge=1, validation_alias=_env("completion_max_buffer", "SWANLAB_COMPLETION_MAX_BUFFER")
+    )
+    """Completions kept in memory between two tables; the oldest go first."""
+
+    run_id: RunId | None = Field(
+        default=None, validation_alias=_env("run_id", "OBSERVER_RUN_ID", "SWANLAB_RUN_ID")
+    )
+    """Identity of the run, the same on every rank. By default it is worked out from the launcher."""
+
+    log_dir: Path = Field(
+        default=Path("swanlog"), validation_alias=_env("log_dir", "OBSERVER_LOG_DIR", "SWANLAB_LOG_DIR", "SWANLAB_LOGDIR")
+    )
+    """Where the writer keeps the run, as seen from the machine the writer runs on."""
+
+    strict: bool = Field(default=False, validation_alias=_env("strict", "OBSERVER_STRICT"))
+    """Raise on problems of the observer instead of warning once and letting the training go on."""
+
+    rank_series: Annotated[int, NoDecode] = Field(
+        default=16, ge=0, validation_alias=_env("rank_series", "OBSERVER_RANK_SERIES")
+    )
+    """Ranks that get series of their own (``rank/<rank>/<name>``): a number, ``all`` or ``none``."""
+
+    rank_timeout: float = Field(default=60.0, ge=1.0, validation_alias=_env("rank_timeout", "OBSERVER_RANK_TIMEOUT"))
+    """Seconds without a sign of life after which a rank counts as lost."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise SettingsError(_sentence(error)) from None
+        if self.use_swanlab and self.project is None and self.mode != "disabled":
+            raise SettingsError(
+                "SwanLab enabled but 'swanlab_project' is not set: pass project='my-project' or set SWANLAB_PROJ_NAME."
+            )
+
+    def model_post_init(self, context: Any) -> None:
+        if "use_swanlab" not in self.model_fields_set and self.project is not None:
+            object.__setattr__(self, "use_swanlab", True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], **sources: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return sources["init_settings"], sources["env_settings"]
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is observed at all."""
+        return self.use_swanlab and self.mode != "disabled"
+
+    @field_validator("project", mode="before")
+    @classmethod
+    def _project_not_empty(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("swanlab_project cannot be an empty string.")
+        return value
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _known_mode(cls, value: Any) -> Any:
+        if value == "online":
+            return "cloud"
+        if value not in MODES:
+            raise ValueError(f"Invalid swanlab_mode: {value!r}. Valid options: {', '.join(MODES)}")
+        return value
+
+    @field_validator("rank_series", mode="before")
+    @classmethod
+    def _rank_series_words(cls, value: Any) -> Any:
+        words = {"all": 1 << 31, "none": 0}
+        return words.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("web_host", "api_host")
+    @classmethod
+    def _web_address(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError(f"{value!r} is not a web address: write it as https://swanlab.example.com")
+        return value
+
+    @field_validator("log_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        # The writer has another working directory than the rank.
+        return Path(os.path.abspath(value.expanduser()))
+
+
+def check_writable(log_dir: Path) -> None:
+    """Refuse a log directory that could not be made or written on this machine.
+
+    Raises:
+        SettingsError: names the path and the reason.
+    """
+    nearest = log_dir
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    reason = None
+    if not nearest.is_dir():
+        reason = f"{nearest} is not a directory"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        reason = f"no permission to write in {nearest}"
+    if reason:
+        raise SettingsError(
+            f"log_dir '{log_dir}' cannot be written ({reason}): choose another with log_dir= or SWANLAB_LOG_DIR."
+        )
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem of a validation, in one sentence that tells what to do."""
+    problem = error.errors(include_url=False, include_input=True)[0]
+    name = _field_name(str(problem["loc"][0]) if problem["loc"] else "settings")
+    given = problem.get("input")
+    message: str = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, ObserverSettings.model_fields, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(ObserverSettings.model_fields)}."
+        return f"Unknown setting '{name}': {hint}"
+    if problem["type"] == "value_error":
+        return message if message.startswith(("swanlab_", "Invalid swanlab_")) else f"{name}: {message}"
+    if name == "project":
+        message = "a project name is 1 to 100 of the characters 0-9 a-z A-Z _ - + ."
+    elif name == "run_id":
+        message = 'a run id is 1 to 64 characters without spaces and without < > : " / \\ | ? * # %'
+    shown = "" if name in ("api_key", "lark_secret", "lark_webhook_url") else f" {given!r}"
+    return f"Invalid {name}{shown}: {message[0].lower()}{message[1:]}"
+
+
+def _field_name(alias: str) -> str:
+    for name, field in ObserverSettings.model_fields.items():
+        alias_choices = field.validation_alias
+        if isinstance(alias_choices, AliasChoices) and alias in alias_choices.choices:
+            return name
+    return alias

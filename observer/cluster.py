@@ -1,0 +1,234 @@
+"""Where Ray comes from: one that is initialised, a cluster that runs, or one the ranks of a single node start.
+
+A cluster that ranks start lives in a directory of its own, named by the run id::
+
+    <temp>/swanlab-ray-<uid>/<run id>/
+        starting    lock: who starts it
+        alive       lock: held by every rank and by the writer; when nobody holds it any more, the cluster ends
+        cluster     its address and token, written when it is up
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swanlab_ray.actors.locks import hold_lock
+from swanlab_ray.actors.protocol import NAMESPACE
+from swanlab_ray.observer.exits import run_exit_handler_first
+from swanlab_ray.observer.guards import process_unchanged, set_environment
+
+START_DEADLINE_S = 90.0
+CONNECT_DEADLINE_S = 5.0
+
+
+class NoCluster(ConnectionError):
+    """There is no Ray to report to. The message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A Ray cluster this process is connected to."""
+
+    address: str
+    ours: bool
+    """This process initialised Ray, so it also shuts it down."""
+    life_lock: str | None = None
+    """The lock file of a cluster that the ranks started for themselves."""
+
+
+def private_directory(run_id: str) -> Path:
+    """Directory of the cluster that the ranks of this run start for themselves."""
+    return private_root() / run_id
+
+
+def private_root() -> Path:
+    """Where such directories lie, of this user only. Short, since Ray's socket paths have 107 bytes at most."""
+    return Path("/tmp") / f"swanlab-ray-{os.getuid()}"
+
+
+def attach(run_id: str, nodes: int, may_start: bool = True) -> Cluster:
+    """Connect this process to Ray: the initialised one, ``RAY_ADDRESS``, a running cluster, or a private one.
+
+    Args:
+        run_id: names the private cluster.
+        nodes: machines of the job; a private cluster serves one machine only.
+        may_start: start a private cluster where there is none.
+
+    Raises:
+        NoCluster: none can be reached.
+    """
+    set_environment()
+    if importlib.util.find_spec("ray") is None:
+        raise NoCluster("Ray is not installed: pip install 'ray>=2.50'.")
+    initialised = sys.modules.get("ray")
+    if initialised is not None and initialised.is_initialized():
+        return Cluster(initialised.get_runtime_context().gcs_address, ours=False)
+    address = running_address()
+    if address:
+        return _join(address)
+    if nodes > 1:
+        raise NoCluster(
+            f"No Ray cluster is reachable and the job runs on {nodes} machines: start one (ray start --head, and "
+            "ray start --address=HEAD:6379 on the others) and set RAY_ADDRESS=HEAD:6379 on every rank."
+        )
+    directory = private_directory(run_id)
+    life_lock = _private_cluster(directory, may_start)
+    described = json.loads((directory / "cluster").read_text())
+    os.environ.update(described["environment"])  # before Ray is imported, which reads it only then
+    return _join(described["address"], str(life_lock) if may_start else None)
+
+
+def running_address() -> str | None:
+    """Address of the cluster that is meant: ``RAY_ADDRESS``, else the one ``ray start`` noted on this machine.
+
+    Raises:
+        NoCluster: ``RAY_ADDRESS`` is set but nobody answers there.
+    """
+    given = os.environ.get("RAY_ADDRESS", "")
+    if given and given != "auto":
+        if "://" in given:
+            raise NoCluster(f"RAY_ADDRESS='{given}' is a Ray Client address; ranks need the cluster's HOST:6379.")
+        if not _answers(given):
+            raise NoCluster(f"The Ray cluster at RAY_ADDRESS='{given}' cannot be reached: check host and port.")
+        return given
+    # Other jobs' private clusters are never noted here, so they are never joined by accident.
+    noted = Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray", "ray_current_cluster")
+    try:
+        address = noted.read_text().strip()
+    except OSError:
+        address = ""
+    if address and _answers(address):
+        return address
+    if given:
+        raise NoCluster("RAY_ADDRESS='auto', but no Ray cluster runs on this machine: ray start --head.")
+    return None
+
+
+def detach(cluster: Cluster) -> None:
+    """Leave Ray, if this process joined it for the observer only."""
+    if not cluster.ours:
+        return
+    import ray
+
+    with process_unchanged():
+        ray.shutdown()
+
+
+def _join(address: str, life_lock: str | None = None) -> Cluster:
+    with process_unchanged():
+        import ray
+
+        logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that it could not take over SIGTERM, as it should not
+        run_exit_handler_first()  # Ray's own exit handler, registered by its import, would cut the connection
+        try:
+            ray.init(
+                address=address,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                configure_logging=False,
+                logging_level="ERROR",
+                job_config=ray.job_config.JobConfig(metadata={"job_name": f"swanlab-ray rank {os.environ.get('RANK', '0')}"}),
+            )
+        except Exception as error:
+            raise NoCluster(f"The Ray cluster at '{address}' refused this process: {_brief(error)}") from error
+    return Cluster(address, ours=True, life_lock=life_lock)
+
+
+def _private_cluster(directory: Path, may_start: bool) -> Path:
+    """Start the private cluster or wait until another rank has; returns its lock file, which this process holds."""
+    alive = directory / "alive"
+    if may_start:
+        private_root().mkdir(mode=0o700, exist_ok=True)
+        if private_root().stat().st_uid != os.getuid():
+            raise NoCluster(f"{private_root()} belongs to another user: remove it, or set RAY_ADDRESS to a cluster.")
+        directory.mkdir(mode=0o700, exist_ok=True)
+        _hold(alive)
+        _start_once(directory)
+    deadline = time.monotonic() + (START_DEADLINE_S if may_start else 0.0)
+    while not (directory / "cluster").exists():
+        if time.monotonic() >= deadline:
+            raise NoCluster(
+                f"The Ray cluster of run {directory.name} did not start within {START_DEADLINE_S:.0f} s: see "
+                f"{directory / 'keeper.log'}."
+                if may_start
+                else "No Ray cluster runs on this machine and RAY_ADDRESS is not set."
+            )
+        time.sleep(0.05)
+    return alive
+
+
+def _start_once(directory: Path) -> None:
+    """Start the keeper of the cluster, unless another rank of this run has."""
+    with open(directory / "starting", "a+") as starting:
+        fcntl.lockf(starting, fcntl.LOCK_EX)
+        starting.seek(0)
+        if starting.read().strip():
+            return
+        with open(directory / "keeper.log", "ab") as log:
+            keeper = subprocess.Popen(
+                [sys.executable, "-m", "swanlab_ray.observer.keeper", str(directory)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=_keeper_environment() | _authentication(),
+                # The launcher kills a rank's session; the cluster must outlive the rank that happened to start it.
+                start_new_session=True,
+            )
+        starting.write(str(keeper.pid))
+        starting.flush()
+
+
+def _keeper_environment() -> dict[str, str]:
+    """The rank's environment without what tells it that it is a rank, and without its GPUs."""
+    ranks_own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "RAY_ADDRESS")
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ranks_own and not name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_", "OMP_", "SWANLAB_", "OBSERVER_"))
+    }
+    return kept | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def _authentication() -> dict[str, str]:
+    """A token for this cluster alone, unless the user has decided otherwise or Ray has already read that there is none."""
+    if "RAY_AUTH_MODE" in os.environ:
+        return {}
+    if "ray" in sys.modules:
+        return {"RAY_AUTH_MODE": "disabled"}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+_held: dict[Path, int] = {}
+
+
+def _hold(path: Path) -> None:
+    """Hold the lock until this process ends; opened once, since closing any other descriptor would release it."""
+    descriptor = _held.get(path)
+    if descriptor is None or not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
+        _held[path] = hold_lock(str(path))
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_DEADLINE_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _brief(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

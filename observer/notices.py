@@ -1,0 +1,29 @@
+"""What the observer tells its user: one logger, each sentence once."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+logger = logging.getLogger("swanlab_ray")
+
+
+class _Terminal(logging.Handler):
+    """Prints to stderr as long as the application has not configured logging itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            sys.stderr.write(f"swanlab-ray: {record.getMessage()}\n")
+
+
+logger.setLevel(logging.INFO)
+logger.addHandler(_Terminal())
+
+_said: set[str] = set()
+
+
+def warn_once(key: str, sentence: str) -> None:
+    """Warn, unless something was said under this key before. At most 1,000 keys, so that it stays bounded."""
+    if key not in _said and len(_said) < 1000:
+        _said.add(key)
+        logger.warning(sentence)

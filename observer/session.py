@@ -1,0 +1,348 @@
+"""``connect()`` and :class:`Observer`: what a training script talks to."""
+
+from __future__ import annotations
+
+import operator
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from swanlab_ray.actors.locks import pid_namespace
+from swanlab_ray.actors.protocol import (
+    CONFIG,
+    JOB,
+    OUTCOME,
+    PROGRESS,
+    RANK,
+    SCALARS,
+    USER,
+    Goodbye,
+    Hello,
+    State,
+    WriterStatus,
+)
+from swanlab_ray.actors.settings import ObserverSettings, SettingsError, check_writable
+from swanlab_ray.observer.channel import Channel, ChannelStatistics, Link
+from swanlab_ray.observer.exits import ExitWatch, describe
+from swanlab_ray.observer.identity import Identity, check_run_id, gpu_name, identify
+from swanlab_ray.observer.link import RayLink
+from swanlab_ray.observer.notices import logger, warn_once
+from swanlab_ray.observer.values import OnDevice, encode, salvage
+
+FINISH_TIMEOUT_S = 90.0
+"""How long ``finish()`` takes at most: SwanLab gets 60 s to close, the rest is for sending."""
+STRICT_CONNECT_S = 120.0
+_SECRET_NAME = re.compile(r"(api_?key|secret|passw(or)?d|webhook|credential|(hub|auth|access|hf|api)_token)", re.I)
+
+
+class Observer:
+    """Reports one rank to the run's writer. Made by :func:`connect`.
+
+    No method blocks on the network or raises into training, except :meth:`finish`, which waits with a deadline, and
+    everything under ``strict=True``, which raises on wrong values.
+    """
+
+    def __init__(self, settings: ObserverSettings, identity: Identity, link: Link) -> None:
+        self.settings = settings
+        self.rank = identity.rank
+        self.world_size = identity.world_size
+        self.local_rank = identity.local_rank
+        self.outcome: WriterStatus | None = None
+        """How the run ended, once :meth:`finish` of its last rank has returned."""
+        self._life = secrets.token_hex(8)
+        self._link = link
+        self._last_step = -1
+        self._result: tuple[State | None, str | None] = (None, None)
+        self._finished = False
+        self._pid_namespace = pid_namespace()
+        self._channel = Channel(link, self.rank, self._life, self._hello, self._announce)
+        self._put = self._channel.put
+        self._watch = ExitWatch(self._at_exit)
+
+    @property
+    def run_id(self) -> str | None:
+        """The run id; None until the ranks have agreed on it (see :meth:`wait_ready`)."""
+        return self._link.run_id
+
+    def log(self, data: Mapping[str, Any], step: int | None = None) -> None:
+        """Log numbers at a step.
+
+        Args:
+            data: names to Python or numpy numbers or 0-d tensors; nested mappings are joined with ``/``.
+            step: 0 or more; by default one more than the last one logged here.
+        """
+        self._log(data, step, USER)
+
+    def log_job(self, data: Mapping[str, Any], step: int | None = None) -> None:
+        """Log numbers that are already reduced over ranks; call it on one rank."""
+        self._log(data, step, JOB)
+
+    def log_rank(self, data: Mapping[str, Any], step: int | None = None) -> None:
+        """Log this rank's own measurements: shown over ranks only, as ``ranks/<name>/...`` and ``rank/<rank>/<name>``."""
+        self._log(data, step, RANK)
+
+    def _log(self, data: Any, step: Any, scope: int) -> None:
+        try:
+            if type(step) is not int or step < 0:
+                step = self._checked_step(step)
+            event = encode((SCALARS, step, time.time_ns(), scope, data if type(data) is dict else self._as_dict(data)))
+        except (TypeError, OnDevice):
+            self._log_salvaged(data, step, scope)
+            return
+        except ValueError as error:
+            self._reject(str(error))
+            return
+        self._last_step = step
+        self._put(event)
+
+    def _log_salvaged(self, data: Mapping[Any, Any], step: int, scope: int) -> None:
+        """The slow path: something in ``data`` is no number, or lies on a GPU."""
+        now = time.time_ns()
+        kept = salvage(data, lambda key, reason: self._reject(f"'{key}' is not logged: {reason}; log numbers.", key))
+        self._last_step = step
+        if any(callable(value) for value in kept.values()):
+            self._put(lambda: encode((SCALARS, step, now, scope, {k: v() if callable(v) else v for k, v in kept.items()})))
+        elif kept:
+            self._put(encode((SCALARS, step, now, scope, kept)))
+
+    def _checked_step(self, step: Any) -> int:
+        if step is None:
+            return self._last_step + 1
+        try:
+            number = operator.index(step)
+        except TypeError:
+            raise ValueError(f"step {step!r} is not a whole number: pass an int of 0 or more, or leave it out.") from None
+        if number < 0:
+            raise ValueError(f"step {number} is negative: pass an int of 0 or more, or leave it out.")
+        return number
+
+    @staticmethod
+    def _as_dict(data: Any) -> dict[Any, Any]:
+        if not isinstance(data, Mapping):
+            raise ValueError(f"log() takes a dict of names and numbers, not {type(data).__name__} {data!r:.60}.")
+        return dict(data)
+
+    def _reject(self, sentence: str, key: str | None = None) -> None:
+        if self.settings.strict:
+            raise ValueError(sentence)
+        warn_once(f"rejected {key or sentence[:20]}", sentence)
+
+    def config(self, values: Mapping[str, Any] | None = None, **more: Any) -> None:
+        """Add to the run's configuration. Values may be nested; secrets are masked by their names."""
+        try:
+            self._put(encode((CONFIG, _plain({**(values or {}), **more}))))
+        except Exception as error:
+            self._reject(f"A configuration could not be recorded: {error}")
+
+    def progress(self, step: int, max_steps: int = 0, epoch: float | None = None) -> None:
+        """Say how far the training is, for the status; ``max_steps`` 0 where it is not known."""
+        self._put(encode((PROGRESS, step, max_steps, epoch)))
+
+    def set_result(self, state: State | None, error: str | None = None) -> None:
+        """Say how this rank has ended should the process end now; None: it is at work (again)."""
+        self._result = (state, error)
+        self._put(encode((OUTCOME, state, error, time.time_ns())))
+
+    def wait_ready(self, timeout: float) -> bool:
+        """Wait until the writer has welcomed this rank."""
+        return self._channel.ready.wait(timeout)
+
+    def flush(self, timeout: float = 10.0) -> bool:
+        """Wait until the writer has everything logged so far; False after ``timeout`` seconds."""
+        return self._channel.flush(timeout)
+
+    def statistics(self) -> ChannelStatistics:
+        """Counts of events logged, acknowledged, waiting and dropped."""
+        return self._channel.statistics()
+
+    def finish(self, state: State = "success", error: str | None = None, timeout: float = FINISH_TIMEOUT_S) -> bool:
+        """End this rank's part; the last rank's finish closes the run and waits for it.
+
+        Args:
+            state: ``success``, ``crashed`` or ``aborted``.
+            error: why, unless it was a success.
+            timeout: seconds after which it returns whatever happens.
+
+        Returns:
+            Whether everything this rank logged has reached the writer.
+        """
+        if self._finished:
+            return True
+        self._finished = True
+        self._watch.stop()
+        ended = time.time_ns()
+        complete = self._channel.finish(
+            lambda logged, dropped: Goodbye(
+                rank=self.rank,
+                life=self._life,
+                state=state,
+                error=error,
+                time_ns=ended,
+                logged=logged,
+                dropped=dropped,
+            ),
+            timeout,
+        )
+        self._put = _ignore
+        self.outcome = self._channel.outcome
+        _forget(self)
+        return complete
+
+    def __enter__(self) -> Observer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.finish()
+        else:
+            self.finish(*describe(error))
+
+    def __repr__(self) -> str:
+        return f"Observer(run_id={self.run_id!r}, rank={self.rank}, world_size={self.world_size})"
+
+    def _at_exit(self, verdict: tuple[State, str] | None) -> None:
+        state, error = verdict or self._result
+        if state is None:
+            state, error = "aborted", "the process ended without finish()"
+        try:
+            self.finish(state, error)
+        except Exception as problem:
+            logger.warning("finish() failed at exit: %s", problem)
+
+    def _announce(self) -> None:
+        if self.rank == 0:
+            logger.info("run %s: %d rank%s, one writer", self.run_id, self.world_size, "s" * (self.world_size > 1))
+
+    def _hello(self, next_seq: int) -> Hello:
+        return Hello(
+            rank=self.rank,
+            world_size=self.world_size,
+            local_rank=self.local_rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            pid_namespace=self._pid_namespace,
+            gpu=gpu_name(self.local_rank),
+            life=self._life,
+            next_seq=next_seq,
+        )
+
+    def _forked(self) -> None:
+        """In a forked child: the flusher does not exist here, and the run is the parent's."""
+        self._put = _ignore
+        self._finished = True
+        self._watch.stop()
+
+
+class DisabledObserver(Observer):
+    """Observes nothing: no thread, no actor, no file. Call sites need no ``if``."""
+
+    def __init__(self, settings: ObserverSettings, identity: Identity) -> None:
+        self.settings = settings
+        self.rank, self.world_size, self.local_rank = identity.rank, identity.world_size, identity.local_rank
+        self.outcome = None
+
+    @property
+    def run_id(self) -> str | None:
+        return self.settings.run_id
+
+    def _log(self, data: Any, step: Any, scope: int) -> None: ...
+
+    def config(self, values: Mapping[str, Any] | None = None, **more: Any) -> None: ...
+
+    def progress(self, step: int, max_steps: int = 0, epoch: float | None = None) -> None: ...
+
+    def set_result(self, state: State | None, error: str | None = None) -> None: ...
+
+    def wait_ready(self, timeout: float) -> bool:
+        return True
+
+    def flush(self, timeout: float = 10.0) -> bool:
+        return True
+
+    def statistics(self) -> ChannelStatistics:
+        return ChannelStatistics(0, 0, 0, 0, 0)
+
+    def finish(self, state: State = "success", error: str | None = None, timeout: float = FINISH_TIMEOUT_S) -> bool:
+        return True
+
+
+_current: Observer | None = None
+
+
+def connect(settings: ObserverSettings | None = None, **overrides: Any) -> Observer:
+    """Connect this rank to the run's writer; the same call on every rank.
+
+    Returns at once: Ray is found or started in the background, and what is logged meanwhile waits in memory. A second
+    call returns the observer of the first one until that is finished.
+
+    Args:
+        settings: see :class:`ObserverSettings`; by default read from the environment.
+        overrides: fields of the settings, instead of ``settings``.
+
+    Raises:
+        SettingsError: a setting is wrong. Problems that come later never raise, unless ``strict=True``.
+    """
+    global _current
+    if settings is not None and overrides:
+        raise SettingsError(f"Pass either settings or keywords to connect(), not both (got {', '.join(overrides)}).")
+    settings = settings or ObserverSettings(**overrides)
+    if _current is not None:
+        if settings != _current.settings:
+            warn_once("second connect", "connect() was called again with other settings; the first ones stay.")
+        return _current
+    identity = identify()
+    if not settings.active:
+        if settings.mode != "disabled" and "use_swanlab" not in settings.model_fields_set:
+            raise SettingsError("No project is set: pass project='my-project' or set SWANLAB_PROJ_NAME.")
+        return DisabledObserver(settings, identity)
+    check_writable(settings.log_dir)
+    check_run_id(settings, identity)
+    _current = Observer(settings, identity, RayLink(settings, identity))
+    if settings.strict and not _current.wait_ready(STRICT_CONNECT_S):
+        raise ConnectionError(f"The writer cannot be reached: {_current._channel.last_error}")
+    return _current
+
+
+def current() -> Observer | None:
+    """The connected observer of this process, if there is one."""
+    return _current
+
+
+def _forget(observer: Observer) -> None:
+    global _current
+    if _current is observer:
+        _current = None
+
+
+def _after_fork() -> None:
+    global _current
+    if _current is not None:
+        _current._forked()
+        _current = None
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _ignore(event: object) -> None:
+    """Takes the place of the channel after the end."""
+
+
+def _plain(value: Any, name: str = "") -> Any:
+    """A copy made of plain types, with secrets masked by their names."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, str(key)) for key, item in value.items()}
+    if name and isinstance(value, str) and value and _SECRET_NAME.search(name):
+        return "***"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    return str(value)
