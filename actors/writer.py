@@ -46,7 +46,7 @@ CALLS_PER_SECOND = 1000.0
 """Batches a second the writer asks for at most: it saturates at about 2,800 (two cores, Ray 2.60)."""
 FAILED_RANK_GRACE_S = 15.0
 """Once one rank has failed, silence this long means that its peers went with it."""
-LINGER_S = 5.0
+LINGER_S = 3.0
 """How long the actor stays after the end, so that whoever watches reads the final counts."""
 
 
@@ -100,7 +100,6 @@ class Writer:
         self._notices: list[str] = []
         self._told = 0  # of the run's notices, how many rank 0 has seen
         self._end: tuple[State, str | None] | None = None
-        self._final_read = threading.Event()
         self._born = time.monotonic()
         self._pid_namespace = pid_namespace()
         self._ticker = threading.Thread(target=self._tick_forever, name="writer-ticker", daemon=True)
@@ -264,10 +263,7 @@ class Writer:
     def status(self) -> WriterStatus:
         """What the writer knows now."""
         with self._lock:
-            status = self._status()
-        if status.closed:
-            self._final_read.set()
-        return status
+            return self._status()
 
     def _status(self) -> WriterStatus:
         run, now = self._run, time.monotonic()
@@ -405,8 +401,7 @@ class Writer:
         if self._run is not None:
             self._run.closed.wait()
             stderr(status_line(self.status()))
-            self._final_read.clear()
-            self._final_read.wait(LINGER_S)
+            time.sleep(LINGER_S)
         if ray.is_initialized():
             # Unlike ray.kill this runs atexit and does not restart the actor.
             ray.get_runtime_context().current_actor.__ray_terminate__.remote()

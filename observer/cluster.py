@@ -58,13 +58,12 @@ def private_root() -> Path:
     return Path("/tmp") / f"swanlab-ray-{os.getuid()}"
 
 
-def attach(run_id: str, nodes: int, may_start: bool = True) -> Cluster:
-    """Connect this process to Ray: the initialised one, ``RAY_ADDRESS``, a running cluster, or a private one.
+def attach(run_id: str, nodes: int) -> Cluster:
+    """Connect this rank to Ray: the initialised one, ``RAY_ADDRESS``, a running cluster, or a private one.
 
     Args:
-        run_id: names the private cluster.
+        run_id: names the private cluster, which is started where there is none.
         nodes: machines of the job; a private cluster serves one machine only.
-        may_start: start a private cluster where there is none.
 
     Raises:
         NoCluster: none can be reached.
@@ -83,11 +82,39 @@ def attach(run_id: str, nodes: int, may_start: bool = True) -> Cluster:
             f"No Ray cluster is reachable and the job runs on {nodes} machines: start one (ray start --head, and "
             "ray start --address=HEAD:6379 on the others) and set RAY_ADDRESS=HEAD:6379 on every rank."
         )
-    directory = private_directory(run_id)
-    life_lock = _private_cluster(directory, may_start)
-    described = json.loads((directory / "cluster").read_text())
+    directory = start_private(run_id)
+    _wait_started(directory)
+    return _join(_private_address(directory), str(directory / "alive"))
+
+
+def attach_watcher(run_id: str | None) -> Cluster:
+    """Connect this process to the cluster where a run, or any run, reports; never starts one.
+
+    Raises:
+        NoCluster: there is none, or several private ones and no run id to tell which.
+    """
+    set_environment()
+    private = [path.parent.name for path in sorted(private_root().glob("*/cluster"))]
+    if run_id is None:
+        address = running_address()
+        if address is None and not private:
+            raise NoCluster("No run is in progress on this machine, and RAY_ADDRESS names no cluster to look at.")
+        if address is None and len(private) > 1:
+            raise NoCluster(f"Several runs are in progress, name one: {', '.join(private)}.")
+        return _join(address or _private_address(private_directory(private[0])))
+    if run_id in private:
+        return _join(_private_address(private_directory(run_id)))
+    address = running_address()
+    if address is None:
+        known = f" (in progress: {', '.join(private)})" if private else ""
+        raise NoCluster(f"No run '{run_id}' is in progress on this machine{known}, and RAY_ADDRESS is not set.")
+    return _join(address)
+
+
+def _private_address(directory: Path) -> str:
+    described: dict[str, Any] = json.loads((directory / "cluster").read_text())
     os.environ.update(described["environment"])  # before Ray is imported, which reads it only then
-    return _join(described["address"], str(life_lock) if may_start else None)
+    return str(described["address"])
 
 
 def running_address() -> str | None:
@@ -146,27 +173,27 @@ def _join(address: str, life_lock: str | None = None) -> Cluster:
     return Cluster(address, ours=True, life_lock=life_lock)
 
 
-def _private_cluster(directory: Path, may_start: bool) -> Path:
-    """Start the private cluster or wait until another rank has; returns its lock file, which this process holds."""
-    alive = directory / "alive"
-    if may_start:
-        private_root().mkdir(mode=0o700, exist_ok=True)
-        if private_root().stat().st_uid != os.getuid():
-            raise NoCluster(f"{private_root()} belongs to another user: remove it, or set RAY_ADDRESS to a cluster.")
-        directory.mkdir(mode=0o700, exist_ok=True)
-        _hold(alive)
-        _start_once(directory)
-    deadline = time.monotonic() + (START_DEADLINE_S if may_start else 0.0)
+def start_private(run_id: str) -> Path:
+    """Start the private cluster of a run unless somebody has; it ends some time after this process. Does not wait."""
+    root, directory = private_root(), private_directory(run_id)
+    root.mkdir(mode=0o700, exist_ok=True)
+    if root.stat().st_uid != os.getuid():
+        raise NoCluster(f"{root} belongs to another user: remove it, or set RAY_ADDRESS to a cluster.")
+    directory.mkdir(mode=0o700, exist_ok=True)
+    _hold(directory / "alive")
+    _start_once(directory)
+    return directory
+
+
+def _wait_started(directory: Path) -> None:
+    deadline = time.monotonic() + START_DEADLINE_S
     while not (directory / "cluster").exists():
         if time.monotonic() >= deadline:
             raise NoCluster(
-                f"The Ray cluster of run {directory.name} did not start within {START_DEADLINE_S:.0f} s: see "
+                f"The Ray cluster of this run did not start within {START_DEADLINE_S:.0f} s: see "
                 f"{directory / 'keeper.log'}."
-                if may_start
-                else "No Ray cluster runs on this machine and RAY_ADDRESS is not set."
             )
         time.sleep(0.05)
-    return alive
 
 
 def _start_once(directory: Path) -> None:

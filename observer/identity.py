@@ -23,6 +23,7 @@ class Identity:
     local_rank: int
     nodes: int
     """Machines of the job, as far as the launcher tells; 1 where it does not."""
+    in_ray_train: bool = False
 
 
 # Launchers, each with its variables for rank, world size, local rank and local world size.
@@ -43,7 +44,7 @@ def identify(env: Mapping[str, str] = os.environ) -> Identity:
     train = _ray_train_context()
     if train is not None:
         rank, size, local = train.get_world_rank(), train.get_world_size(), train.get_local_rank()
-        return Identity(rank, size, local, nodes=max(1, size // max(1, train.get_local_world_size())))
+        return Identity(rank, size, local, max(1, size // max(1, train.get_local_world_size())), True)
     for rank_name, size_name, local_name, local_size_name in _LAUNCHERS:
         if rank_name in env and size_name in env:
             rank, size = _number(env, rank_name), _number(env, size_name)
@@ -90,14 +91,14 @@ def resolve_run_id(settings: ObserverSettings, identity: Identity, env: Mapping[
         return _ray_train_run_id(train)
     address = _agent_store_address(env)
     if address:
-        return _agree(_agent_store(*address), _fresh(env.get("TORCHELASTIC_RUN_ID", "")))
+        return _agree(_agent_store(*address), fresh_run_id(env.get("TORCHELASTIC_RUN_ID", "")))
     job = _scheduler_job(env)
     if job:
         return job
     store = _default_store()
     if store is not None:
-        return _agree(store, _fresh(""))
-    return _fresh("")
+        return _agree(store, fresh_run_id())
+    return fresh_run_id()
 
 
 def gpu_name(local_rank: int, env: Mapping[str, str] = os.environ) -> str | None:
@@ -126,7 +127,7 @@ def _number(env: Mapping[str, str], name: str) -> int:
         raise SettingsError(f"{name}={env[name]!r} is not a number: unset it, or let the launcher set it.") from None
 
 
-def _fresh(launcher_id: str) -> str:
+def fresh_run_id(launcher_id: str = "") -> str:
     name = _slug(launcher_id)
     plain = name in ("", "none") or re.fullmatch(r"[0-9a-f]{8}-[0-9a-f-]{27}", name)
     return f"{'' if plain else name[:32] + '-'}{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"

@@ -52,6 +52,8 @@ class Observer:
         self.rank = identity.rank
         self.world_size = identity.world_size
         self.local_rank = identity.local_rank
+        self.in_ray_train = identity.in_ray_train
+        """Whether this is a worker of Ray Train, which is ended without running exit handlers."""
         self.outcome: WriterStatus | None = None
         """How the run ended, once :meth:`finish` of its last rank has returned."""
         self._life = secrets.token_hex(8)
@@ -63,6 +65,11 @@ class Observer:
         self._channel = Channel(link, self.rank, self._life, self._hello, self._announce)
         self._put = self._channel.put
         self._watch = ExitWatch(self._at_exit)
+
+    @property
+    def finished(self) -> bool:
+        """Whether :meth:`finish` was called."""
+        return self._finished
 
     @property
     def run_id(self) -> str | None:
@@ -246,7 +253,9 @@ class DisabledObserver(Observer):
     def __init__(self, settings: ObserverSettings, identity: Identity) -> None:
         self.settings = settings
         self.rank, self.world_size, self.local_rank = identity.rank, identity.world_size, identity.local_rank
+        self.in_ray_train = identity.in_ray_train
         self.outcome = None
+        self._finished = False
 
     @property
     def run_id(self) -> str | None:

@@ -1,0 +1,233 @@
+"""The callback for Transformers and TRL trainers: on every rank, nothing else to do."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from transformers import Trainer, TrainerCallback
+
+from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.observer.describe import run_config
+from swanlab_ray.observer.exits import describe
+from swanlab_ray.observer.notices import logger
+from swanlab_ray.observer.session import Observer, connect
+
+_TOTALS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+FLUSH_AT_END_S = 30.0
+
+Method = TypeVar("Method", bound=Callable[..., None])
+
+
+def _never_raises(method: Method) -> Method:
+    """An exception in a callback would end the training."""
+
+    @functools.wraps(method)
+    def guarded(self: ObserverCallback, *args: Any, **kwargs: Any) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            if self.settings.strict:
+                raise
+            self.say_once(f"{method.__name__} failed: {type(error).__name__}: {error}; the training goes on.")
+
+    return guarded  # type: ignore[return-value]
+
+
+class ObserverCallback(TrainerCallback):  # type: ignore[misc]
+    """Reports a Trainer to the run's writer.
+
+    Rank 0 sends what the Trainer logs, which is reduced over ranks already, under the names of SwanLab's own callback
+    (``train/loss``, ``eval/loss``), and the configuration. Every rank sends its own ``loss`` and ``step_time`` (seconds,
+    with the wait for data) and its progress.
+
+    Args:
+        settings: see :class:`ObserverSettings`; by default read from the environment.
+        overrides: fields of the settings, instead of ``settings``.
+
+    Raises:
+        SettingsError: a setting is wrong.
+    """
+
+    def __init__(self, settings: ObserverSettings | None = None, **overrides: Any) -> None:
+        self.settings = settings if settings is not None else ObserverSettings(**overrides)
+        self.observer: Observer | None = None
+        self._said: set[str] = set()
+        self._trainer: weakref.ref[Any] | None = None
+        self._training = False
+        self._offset = 0  # steps of trainings that this process has done before
+        self._last_step = 0
+        self._mark = 0.0
+        self._loss: Any = None
+        self._configured = False
+
+    def attach(self, trainer: Any) -> ObserverCallback:
+        """Watch a trainer. Only needed for one that was made before this callback was added to it."""
+        if self._trainer is None or self._trainer() is not trainer:
+            self._trainer = weakref.ref(trainer)
+            trainer.train = self._watch_train(trainer.train)
+            trainer.training_step = self._watch_training_step(trainer.training_step)
+        return self
+
+    def say_once(self, sentence: str) -> None:
+        """Warn once about a sentence."""
+        if sentence not in self._said and len(self._said) < 100:
+            self._said.add(sentence)
+            logger.warning(sentence)
+
+    # Trainer events. Their order: init_end, train_begin, step_begin, ..., step_end, log, evaluate, save, train_end.
+
+    @_never_raises
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._find_trainer()
+
+    @_never_raises
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._find_trainer()
+        observer = self._connected()
+        self._training = True
+        if state.global_step == 0:
+            # Trained again from the start (a second train(), a smaller batch size after running out of memory): the
+            # steps go on after the last one, since SwanLab keeps the first value of a step.
+            self._offset = self._last_step
+        observer.set_result(None)
+        self._configure(observer, args, state, kwargs.get("model"))
+        self._loss = None
+        self._mark = time.perf_counter()
+        self._tell_progress(state)
+
+    @_never_raises
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        observer = self.observer
+        if observer is None:
+            return
+        now = time.perf_counter()
+        measured = {"step_time": now - self._mark}
+        self._mark = now
+        if self._loss is not None:
+            measured["loss"], self._loss = self._loss, None
+        self._tell_progress(state)
+        observer.log_rank(measured, step=self._last_step)
+
+    @_never_raises
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        observer = self._connected()
+        if observer.rank == 0 and logs:
+            values = {_swanlab_name(key): value for key, value in logs.items() if _is_number(value)}
+            values["train/global_step"] = state.global_step
+            observer.log_job(values, step=self._offset + state.global_step)
+
+    @_never_raises
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        observer = self._connected()
+        if observer.rank == 0 and metrics:
+            values = {_swanlab_name(key): value for key, value in metrics.items() if _is_number(value)}
+            observer.log_job(values, step=self._offset + state.global_step)
+        self._succeed_unless_training()
+
+    @_never_raises
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        observer = self._connected()
+        if not self._training:
+            self._configure(observer, args, state, kwargs.get("model"))
+            self._succeed_unless_training()
+        self._mark = time.perf_counter()
+
+    @_never_raises
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.settings.log_model:
+            self.say_once("log_model is set, but SwanLab cannot store checkpoints yet; they stay in output_dir only.")
+        self._mark = time.perf_counter()
+
+    @_never_raises
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._training = False
+        self._tell_progress(state)
+        self._settle("success", None)
+
+    # What they share.
+
+    def _connected(self) -> Observer:
+        if self.observer is None or self.observer.finished:
+            self.observer = connect(self.settings)
+        return self.observer
+
+    def _settle(self, state: Any, error: str | None) -> None:
+        if self.observer is None:
+            return
+        self.observer.set_result(state, error)
+        if self.observer.in_ray_train:
+            # Ray Train ends the worker without exit handlers, so nothing may be left here.
+            self.observer.flush(FLUSH_AT_END_S)
+
+    def _succeed_unless_training(self) -> None:
+        if not self._training:
+            self._settle("success", None)
+
+    def _tell_progress(self, state: Any) -> None:
+        assert self.observer is not None
+        self._last_step = self._offset + state.global_step
+        self.observer.progress(self._last_step, self._offset + state.max_steps, state.epoch)
+
+    def _configure(self, observer: Observer, args: Any, state: Any, model: Any) -> None:
+        if observer.rank == 0 and not self._configured:
+            self._configured = True
+            trainer = self._trainer() if self._trainer is not None else None
+            observer.config(run_config(args, model, state, getattr(trainer, "accelerator", None)))
+
+    def _find_trainer(self) -> None:
+        """Events do not carry the trainer, so it is looked for among the callers: the one that holds this callback."""
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            candidate = frame.f_locals.get("self")
+            if isinstance(candidate, Trainer):
+                handler = getattr(candidate, "callback_handler", None)
+                if handler is not None and self in handler.callbacks:
+                    self.attach(candidate)
+                    return
+            frame = frame.f_back
+
+    @_never_raises
+    def _add_loss(self, loss: Any) -> None:
+        """Sum a step's loss over micro-batches where it lies; the Trainer has divided by their number already."""
+        own = loss.detach()
+        self._loss = own if self._loss is None else self._loss + own
+
+    def _watch_train(self, train: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(train)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return train(*args, **kwargs)
+            except BaseException as error:
+                self._training = False
+                self._settle(*describe(error))
+                raise
+
+        return watched
+
+    def _watch_training_step(self, training_step: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(training_step)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            loss = training_step(*args, **kwargs)
+            self._add_loss(loss)
+            return loss
+
+        return watched
+
+
+def _swanlab_name(name: str) -> str:
+    """The name that SwanLab's own Transformers callback gives a Trainer metric."""
+    if name in _TOTALS:
+        return f"single_value/{name}"
+    for prefix in ("eval", "test"):
+        if name.startswith(f"{prefix}_"):
+            return f"{prefix}/{name[len(prefix) + 1 :]}"
+    return f"train/{name}"
+
+
+def _is_number(value: Any) -> bool:
+    return value is not None and not isinstance(value, (str, bytes, list, dict))

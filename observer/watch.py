@@ -1,0 +1,103 @@
+"""Looking at runs from outside: what ``swanlab-ray status`` and the demo show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from swanlab_ray.actors.protocol import ACTOR_PREFIX, NAMESPACE, WriterStatus
+from swanlab_ray.actors.status import status_line
+from swanlab_ray.observer import cluster
+
+__all__ = ["Watcher", "as_json", "rank_table", "status_line"]
+
+ANSWER_S = 10.0
+
+
+class Watcher:
+    """A connection to the cluster of a run (or of any run), to ask writers for their status.
+
+    Raises:
+        NoCluster: there is nothing to look at.
+    """
+
+    def __init__(self, run_id: str | None = None) -> None:
+        self._run_id = run_id
+        self._cluster = cluster.attach_watcher(run_id)
+
+    def statuses(self) -> list[WriterStatus]:
+        """Status of every writer here, or of the one asked for."""
+        import ray
+
+        names = [
+            entry["name"]
+            for entry in ray.util.list_named_actors(all_namespaces=True)
+            if entry["namespace"] == NAMESPACE and entry["name"].startswith(ACTOR_PREFIX)
+        ]
+        if self._run_id is not None:
+            names = [name for name in names if name == ACTOR_PREFIX + self._run_id]
+        answers = []
+        for name in sorted(names):
+            status = self._ask(name)
+            if status is not None:
+                answers.append(status)
+        return answers
+
+    @staticmethod
+    def _ask(name: str) -> WriterStatus | None:
+        import ray
+
+        try:
+            status: WriterStatus = ray.get(ray.get_actor(name, NAMESPACE).status.remote(), timeout=ANSWER_S)
+        except (ray.exceptions.RayError, ValueError):  # it has just ended
+            return None
+        return status
+
+    def close(self) -> None:
+        """Leave the cluster."""
+        cluster.detach(self._cluster)
+
+
+def rank_table(status: WriterStatus) -> Table:
+    """A row per rank: where it runs, how far it is, and what became of its events."""
+    table = Table(title=_title(status), title_justify="left", caption_justify="left")
+    for name in ("rank", "host", "device", "state", "step", "step time", "loss", "sent", "received", "dropped"):
+        table.add_column(name, justify="left" if name in ("host", "device", "state") else "right")
+    for rank in status.ranks:
+        colour = {"running": "cyan", "success": "green"}.get(rank.state, "red")
+        table.add_row(
+            str(rank.rank),
+            f"{rank.host}:{rank.pid}",
+            rank.gpu or "CPU",
+            f"[{colour}]{rank.state}[/]",
+            _of(rank.step, status.max_steps),
+            "-" if rank.step_time is None else f"{rank.step_time * 1e3:.0f} ms",
+            "-" if rank.loss is None else f"{rank.loss:.4f}",
+            str(rank.logged),
+            str(rank.received),
+            str(rank.dropped),
+        )
+    table.caption = (
+        f"{status.received} events in, {status.written} scalars written to SwanLab, lag {status.lag:.1f} s, "
+        f"dropped {status.dropped}, thinned {status.thinned}"
+    )
+    return table
+
+
+def as_json(status: WriterStatus) -> Any:
+    """The status as plain values, for ``--json``."""
+    import msgspec
+
+    return msgspec.to_builtins(status)
+
+
+def _title(status: WriterStatus) -> str:
+    error = f" - {status.error.splitlines()[0]}" if status.error else ""
+    return f"{status.project} / {status.experiment or status.run_id} ({status.mode}): {status.state}{error}"
+
+
+def _of(step: int | None, total: int) -> str:
+    if step is None:
+        return "-"
+    return f"{step}/{total}" if total else str(step)
