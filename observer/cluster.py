@@ -153,6 +153,11 @@ def detach(cluster: Cluster) -> None:
         ray.shutdown()
 
 
+def reachable(cluster: Cluster) -> bool:
+    """Whether the cluster's GCS answers. Ray's own calls would wait for it without end."""
+    return _answers(cluster.address)
+
+
 def _join(address: str, life_lock: str | None = None) -> Cluster:
     with process_unchanged():
         import ray

@@ -50,6 +50,8 @@ class RayLink:
 
         from swanlab_ray.actors.writer import get_or_create
 
+        if not cluster.reachable(self._cluster):
+            raise LinkBroken(f"The Ray cluster at '{self._cluster.address}' does not answer.")
         if not ray.is_initialized():
             self._cluster = None
             raise LinkBroken("Ray was shut down under the observer; joining again.")
