@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import operator
 import os
 import re
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -335,6 +337,9 @@ def _after_fork() -> None:
     if _current is not None:
         _current._forked()
         _current = None
+        ray = sys.modules.get("ray")
+        if ray is not None:
+            atexit.unregister(ray.shutdown)  # it would wait for threads that only the parent has
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,139 @@
+"""What Ray would do to a training process, and does not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Launch, SharedCluster
+from tests.swanlab_file import only_run
+
+TRAIN = """
+    import hashlib, os, sys, time
+    import psutil, torch
+    observer = None
+    if os.environ.get("OBSERVE"):
+        from swanlab_ray.observer import connect
+        observer = connect()
+        assert observer.wait_ready(60)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(10, 10)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(50):
+        loss = (model(torch.randn(4, 10)) ** 2).mean()
+        loss.backward(); optimizer.step(); optimizer.zero_grad()
+        if observer:
+            observer.log({"loss": loss}, step)
+            if step == 5:
+                observer.flush()
+                (keeper,) = [p for p in psutil.process_iter(["cmdline"]) if observer.run_id in (p.info["cmdline"] or [""])[-1]]
+                for child in keeper.children(recursive=True):
+                    if child.name() in os.environ["KILL"].split(",") or os.environ["KILL"] == "all":
+                        child.kill()
+                if os.environ["KILL"] == "all":
+                    keeper.kill()
+        time.sleep(0.02)
+    print("weights", hashlib.sha1(model.weight.detach().numpy().tobytes()).hexdigest())
+    if observer:
+        print("finish", observer.finish())
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("kill", ["gcs_server", "raylet", "all"])
+def test_losing_ray_does_not_change_the_training(launch: Launch, tmp_path: Path, kill: str) -> None:
+    """GCS, raylet or the whole local cluster killed: same weights, same exit code, and finish() returns."""
+    bare = launch(TRAIN, ranks=0).wait()
+    observed = launch(TRAIN, ranks=0, OBSERVE="1", KILL=kill, RAY_TMPDIR=str(tmp_path)).wait(180)
+    assert bare.code == observed.code == 7, observed.output
+    weights = [re.search(r"^weights (\w+)$", done.output, re.M)[1] for done in (bare, observed)]  # type: ignore[index]
+    assert weights[0] == weights[1]
+    assert "finish" in observed.output
+
+
+def test_sigterm_reaches_the_training_s_own_handler(launch: Launch, in_cluster: SharedCluster) -> None:
+    """Ray would abort the process 3 s after SIGTERM; the handler that was there stays, also past these 3 s."""
+    done = launch(
+        """
+        import os, signal, sys, time
+        from swanlab_ray.observer import connect
+        got = []
+        signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+        hook = sys.excepthook
+        with connect() as observer:
+            assert observer.wait_ready(60)
+            os.kill(os.getpid(), signal.SIGTERM)
+            deadline = time.monotonic() + 4
+            while time.monotonic() < deadline:
+                time.sleep(0.1)
+        assert sys.excepthook is hook
+        print("got", got)
+        """,
+        ranks=0,
+    ).wait()
+    assert done.code == 0, done.output
+    assert "got [15]" in done.output
+
+
+def test_sigterm_without_a_handler_ends_the_process(launch: Launch, in_cluster: SharedCluster) -> None:
+    """As it would without us: by the signal, not by an abort."""
+    done = launch(
+        """
+        import os, signal
+        from swanlab_ray.observer import connect
+        assert connect().wait_ready(60)
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+        """,
+        ranks=0,
+    ).wait()
+    assert done.code == -15
+
+
+def test_forked_dataloader_workers_log_nothing(launch: Launch, tmp_path: Path, in_cluster: SharedCluster) -> None:
+    """DataLoader workers inherit the observer; what they log is ignored, and their end does not end the run."""
+    done = launch(
+        """
+        import torch
+        from swanlab_ray.observer import connect
+        observer = connect()
+        assert observer.wait_ready(60)
+
+        class Data(torch.utils.data.Dataset):
+            def __len__(self):
+                return 8
+            def __getitem__(self, index):
+                observer.log({"from_worker": 1.0})
+                observer.finish("crashed", "a worker")
+                return index
+
+        for step, _ in enumerate(torch.utils.data.DataLoader(Data(), num_workers=2, multiprocessing_context="fork")):
+            observer.log({"x": step}, step)
+        assert observer.finish()
+        """,
+        ranks=0,
+    ).wait()
+    assert done.code == 0, done.output
+    run = only_run(tmp_path / "swanlog")
+    assert run.scalars == {"x": {step: float(step) for step in range(8)}}
+    assert run.state == "finished"
+
+
+def test_unreachable_cluster_is_said_once(launch: Launch) -> None:
+    """RAY_ADDRESS leads nowhere: one sentence with the address, the training goes on and ends by itself."""
+    done = launch(
+        """
+        from swanlab_ray.observer import connect
+        observer = connect()
+        observer.log({"x": 1})
+        print("complete", observer.finish(timeout=3))
+        """,
+        ranks=0,
+        RAY_ADDRESS="127.0.0.1:1",
+    ).wait()
+    assert done.code == 0
+    assert done.output.count("RAY_ADDRESS='127.0.0.1:1' cannot be reached") == 2  # while it tries, and at the end
+    assert "1 events of this rank did not reach the writer" in done.output
+    assert "complete False" in done.output
