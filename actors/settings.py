@@ -171,8 +171,11 @@ class ObserverSettings(BaseSettings):
     @field_validator("rank_series", mode="before")
     @classmethod
     def _rank_series_words(cls, value: Any) -> Any:
-        words = {"all": 1 << 31, "none": 0}
-        return words.get(value, value) if isinstance(value, str) else value
+        if isinstance(value, str) and not value.isdigit():
+            if value not in ("all", "none"):
+                raise ValueError(f"Invalid rank_series {value!r}: use a number of ranks, 'all' or 'none'")
+            return 0 if value == "none" else 1 << 31
+        return value
 
     @field_validator("web_host", "api_host")
     @classmethod
@@ -219,7 +222,7 @@ def _sentence(error: ValidationError) -> str:
         hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(ObserverSettings.model_fields)}."
         return f"Unknown setting '{name}': {hint}"
     if problem["type"] == "value_error":
-        return message if message.startswith(("swanlab_", "Invalid swanlab_")) else f"{name}: {message}"
+        return message if message.startswith(("swanlab_", "Invalid ")) else f"{name}: {message}"
     if name == "project":
         message = "a project name is 1 to 100 of the characters 0-9 a-z A-Z _ - + ."
     elif name == "run_id":

@@ -20,7 +20,8 @@ def _to_float(value: Any) -> float:
     if getattr(value, "is_cuda", False):
         raise OnDevice
     try:
-        return float(value)
+        detach = getattr(value, "detach", None)  # a tensor that needs a gradient warns when it is read
+        return float(value if detach is None else detach())
     except Exception:
         raise TypeError(f"{type(value).__name__} is not a number") from None
 

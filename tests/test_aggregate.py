@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from swanlab_ray.actors.aggregate import DEADLINE_S, Aggregator, over_ranks
+from swanlab_ray.actors.protocol import JOB, RANK, USER, Scalars
+
+
+class Written:
+    """An aggregator and what it has written: ``{name: {step: value}}``."""
+
+    def __init__(self, world: int, rank_series: int = 16, missing: int = 0) -> None:
+        self.values: dict[str, dict[int, float]] = {}
+        self.aggregator = Aggregator(self._emit, rank_series)
+        self.aggregator.set_ranks(set(range(world)), missing)
+
+    def _emit(self, step: int, time_ns: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            steps = self.values.setdefault(name, {})
+            assert step not in steps, f"{name} written twice at {step}"
+            steps[step] = value
+
+    def log(self, rank: int, step: int, scope: int = USER, now: float = 0.0, **values: float) -> None:
+        self.aggregator.add(rank, Scalars(step, 1, scope, values), now)
+
+
+def test_a_step_is_written_when_every_rank_has_reported_it() -> None:
+    written = Written(world=3)
+    for rank in range(2):
+        written.log(rank, 1, x=rank)
+    assert not written.values
+    written.log(2, 1, x=2)
+    assert written.values["x"] == written.values["ranks/x/mean"] == {1: 1.0}
+    assert written.values["rank/2/x"] == {1: 2.0}
+    assert written.values["ranks/x/argmax"] == {1: 2.0}
+
+
+def test_what_one_rank_logs_alone_stands_under_its_name_only() -> None:
+    written = Written(world=2)
+    written.log(0, 1, only=5.0)
+    written.log(0, 2, only=6.0)
+    written.log(1, 2, other=1.0)
+    written.aggregator.tick(0.0)
+    assert written.values == {"only": {1: 5.0}}
+    written.aggregator.flush()
+    assert written.values == {"only": {1: 5.0, 2: 6.0}, "other": {2: 1.0}}
+
+
+def test_trainer_logs_pass_as_they_are() -> None:
+    written = Written(world=2)
+    written.log(0, 1, scope=JOB, loss=2.0)
+    assert written.values == {"loss": {1: 2.0}}
+
+
+def test_a_rank_s_own_measurement_has_no_plain_name() -> None:
+    written = Written(world=2)
+    written.log(0, 1, scope=RANK, step_time=1.0)
+    written.log(1, 1, scope=RANK, step_time=3.0)
+    assert "step_time" not in written.values
+    assert written.values["ranks/step_time/max"] == {1: 3.0}
+    alone = Written(world=1)
+    alone.log(0, 1, scope=RANK, step_time=1.0)
+    assert alone.values == {"rank/0/step_time": {1: 1.0}}
+
+
+def test_a_silent_rank_delays_a_step_until_the_deadline_and_its_late_value_is_kept() -> None:
+    written = Written(world=2)
+    written.log(1, 0, x=0.0)  # so that both ranks are known to log it
+    written.log(0, 0, x=0.0)
+    written.log(0, 1, x=4.0, now=10.0)
+    written.aggregator.tick(10.0 + DEADLINE_S - 0.1)
+    assert 1 not in written.values["x"]
+    written.aggregator.tick(10.0 + DEADLINE_S)
+    assert written.values["x"][1] == 4.0
+    written.log(1, 1, x=8.0, now=50.0)
+    assert written.values["x"][1] == 4.0
+    assert written.values["rank/1/x"][1] == 8.0
+    assert written.aggregator.late == 1
+
+
+def test_a_rank_that_ended_is_not_waited_for() -> None:
+    written = Written(world=2)
+    written.log(0, 1, x=1.0)
+    written.log(1, 1, x=3.0)
+    written.log(0, 2, x=5.0)
+    written.aggregator.set_ranks({0}, 0)
+    written.log(0, 3, x=5.0)
+    written.aggregator.tick(0.0)
+    assert written.values["x"] == {1: 2.0, 2: 5.0, 3: 5.0}
+
+
+def test_ranks_that_have_not_arrived_are_waited_for() -> None:
+    written = Written(world=1, missing=1)
+    written.log(0, 1, x=1.0)
+    written.log(0, 2, x=1.0)
+    written.aggregator.tick(0.0)
+    assert not written.values
+    written.aggregator.set_ranks({0, 1}, 0)
+    written.log(1, 1, x=3.0)
+    assert written.values["x"] == {1: 2.0}
+
+
+def test_one_giant_step_poisons_nothing() -> None:
+    written = Written(world=2)
+    written.log(0, 10**9, x=1.0)
+    written.aggregator.tick(DEADLINE_S)
+    for rank in range(2):
+        written.log(rank, 1, x=rank, now=DEADLINE_S)
+    assert written.values["x"][1] == 0.5
+    assert written.aggregator.late == 0
+
+
+@pytest.mark.parametrize(("limit", "series"), [(0, set()), (2, {"rank/0/x", "rank/1/x"})])
+def test_single_series_up_to_the_limit(limit: int, series: set[str]) -> None:
+    written = Written(world=3, rank_series=limit)
+    for rank in range(3):
+        written.log(rank, 1, x=1.0)
+    assert {name for name in written.values if name.startswith("rank/")} == series
+
+
+def test_reduction_over_ranks() -> None:
+    reduced = over_ranks({rank: float(rank) for rank in range(100)})
+    assert reduced == {"mean": 49.5, "min": 0.0, "max": 99.0, "p95": 94.0, "argmax": 99.0}
+
+
+def test_nan_of_one_rank_does_not_hide_the_others() -> None:
+    reduced = over_ranks({0: 1.0, 1: math.nan, 2: 3.0})
+    assert (reduced["mean"], reduced["max"], reduced["argmax"], reduced["nonfinite"]) == (2.0, 3.0, 2.0, 1.0)
+    assert math.isnan(over_ranks({0: math.nan})["mean"])
+
+
+def test_argmax_of_equals_is_the_lowest_rank() -> None:
+    assert over_ranks({0: 2.0, 1: 2.0})["argmax"] == 0.0

@@ -1,0 +1,254 @@
+"""The channel against the real writer, over a connection that this file can break."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swanlab_ray.actors.protocol import SCALARS, USER, Ack, Beat, Goodbye, Hello, Scalars, Welcome, WriterStatus, decode_batch
+from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.observer import channel as channel_module
+from swanlab_ray.observer.channel import Channel
+from swanlab_ray.observer.identity import Identity
+from swanlab_ray.observer.link import LinkBroken
+from swanlab_ray.observer.session import Observer
+from swanlab_ray.observer.values import encode
+from tests.conftest import wait_until
+
+
+class ShakyLink:
+    """Takes batches like the writer does, and fails when told to."""
+
+    run_id: str | None = "shaky"
+
+    def __init__(self) -> None:
+        self.taken: list[Any] = []
+        self.next_seq = 0
+        self.down = False
+        self.mute = False
+        self.lose_acks = 0
+        self.hellos: list[Hello] = []
+        self.beats: list[Beat] = []
+        self.goodbyes: list[Goodbye] = []
+
+    def open(self, hello: Hello) -> Welcome:
+        if self.down:
+            raise LinkBroken("it is down")
+        self.hellos.append(hello)
+        self.next_seq = max(self.next_seq, hello.next_seq)
+        return Welcome(next_seq=self.next_seq, flush_interval=0.01, notices=[])
+
+    def ingest(self, rank: int, life: str, seq: int, batch: bytes) -> Any:
+        if self.down:
+            raise LinkBroken("it is down")
+        if seq == self.next_seq:
+            self.next_seq += 1
+            self.taken += decode_batch(batch)[0]
+        return Ack(self.next_seq, 0.01, [])
+
+    def acknowledged(self, reference: Any, wait: float) -> Ack | None:
+        if self.lose_acks:
+            self.lose_acks -= 1
+            raise LinkBroken("the ack is lost")
+        return None if self.mute else reference
+
+    def beat(self, beat: Beat) -> Any:
+        self.beats.append(beat)
+        return True
+
+    def beaten(self, reference: Any) -> bool | None:
+        return reference
+
+    def goodbye(self, goodbye: Goodbye, wait: float) -> bool:
+        self.goodbyes.append(goodbye)
+        return True
+
+    def wait_closed(self, deadline: float) -> WriterStatus | None:
+        return None
+
+    def close(self) -> None: ...
+
+    def steps(self) -> list[int]:
+        return [event.step for event in self.taken if isinstance(event, Scalars)]
+
+
+@pytest.fixture
+def link() -> ShakyLink:
+    return ShakyLink()
+
+
+@pytest.fixture
+def observer(link: ShakyLink, tmp_path: Path) -> Iterator[Observer]:
+    settings = ObserverSettings(project="p", mode="offline", log_dir=tmp_path)
+    observer = Observer(settings, Identity(0, 1, 0, 1), link)
+    yield observer
+    observer.finish(timeout=1)
+
+
+def test_events_arrive_once_and_in_order(link: ShakyLink, observer: Observer) -> None:
+    for step in range(5000):
+        observer.log({"x": step}, step)
+    assert observer.finish()
+    assert link.steps() == list(range(5000))
+    statistics = observer.statistics()
+    assert (statistics.logged, statistics.acknowledged, statistics.dropped) == (5000, 5000, 0)
+
+
+def test_a_lost_acknowledgement_is_sent_again_and_taken_once(link: ShakyLink, observer: Observer) -> None:
+    link.lose_acks = 1
+    for step in range(2000):
+        observer.log({"x": step}, step)
+    assert observer.finish()
+    assert link.steps() == list(range(2000))
+    assert observer.statistics().reconnections == 1
+
+
+def test_what_is_logged_while_the_writer_is_away_arrives_later(link: ShakyLink, observer: Observer) -> None:
+    assert observer.wait_ready(10)
+    link.down = True
+    for step in range(1000):
+        observer.log({"x": step}, step)
+    assert not observer.flush(timeout=0.2)
+    link.down = False
+    assert observer.finish()
+    assert link.steps() == list(range(1000))
+
+
+def test_a_writer_that_forgot_everything_is_told_where_the_rank_stands(link: ShakyLink, observer: Observer) -> None:
+    observer.log({"x": 0}, 0)
+    assert observer.flush()
+    link.next_seq, link.lose_acks = 0, 1
+    observer.log({"x": 1}, 1)
+    assert observer.finish()
+    assert link.steps() == [0, 1]
+    assert link.hellos[-1].next_seq == 1
+
+
+def test_memory_is_bounded_and_the_loss_counted(
+    link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "UNSENT_BYTES", 10_000)
+    assert observer.wait_ready(10)
+    link.mute = True
+    for step in range(20_000):
+        observer.log({"x": step}, step)
+    wait_until(lambda: observer.statistics().dropped > 0)
+    link.mute = False
+    assert not observer.finish()
+    statistics = observer.statistics()
+    assert statistics.acknowledged + statistics.dropped == statistics.logged == 20_000
+    assert len(link.steps()) == statistics.acknowledged
+    assert link.steps() == sorted(set(link.steps()))
+    assert link.steps()[-1] == 19_999  # the oldest go first
+    assert link.goodbyes[0].dropped == statistics.dropped
+
+
+def test_the_training_thread_never_waits_for_room(link: ShakyLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_module, "CAPACITY", 100)
+    link.down = True
+    channel = Channel(link, 0, "life", lambda seq: None, lambda: None)  # type: ignore[arg-type, return-value]
+    event = encode((SCALARS, 0, 0, USER, {"x": 1.0}))
+    for _ in range(1000):
+        channel.put(event)
+    statistics = channel.statistics()
+    assert statistics.waiting + statistics.dropped == statistics.logged == 1000
+    channel.finish(lambda logged, dropped: None, timeout=0.1)  # type: ignore[arg-type, return-value]
+
+
+def test_finish_returns_in_its_deadline_when_nobody_answers(link: ShakyLink, observer: Observer) -> None:
+    assert observer.wait_ready(10)
+    link.mute = True
+    observer.log({"x": 1})
+    began = time.monotonic()
+    assert not observer.finish(timeout=1)
+    assert time.monotonic() - began < 5
+    assert observer.statistics().dropped == 1
+
+
+def test_steps_count_up_where_none_is_given(link: ShakyLink, observer: Observer) -> None:
+    observer.log({"x": 0})
+    observer.log({"x": 1})
+    observer.log({"x": 2}, step=10)
+    observer.log({"x": 3})
+    assert observer.finish()
+    assert link.steps() == [0, 1, 10, 11]
+
+
+@pytest.mark.parametrize(
+    ("step", "sentence"),
+    [
+        (-1, "step -1 is negative: pass an int of 0 or more, or leave it out."),
+        (1.5, "step 1.5 is not a whole number: pass an int of 0 or more, or leave it out."),
+        ("3", "step '3' is not a whole number: pass an int of 0 or more, or leave it out."),
+    ],
+)
+def test_a_wrong_step_warns_once_and_raises_when_strict(
+    link: ShakyLink, tmp_path: Path, caplog: pytest.LogCaptureFixture, step: Any, sentence: str
+) -> None:
+    relaxed = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), link)
+    relaxed.log({"x": 1}, step)
+    relaxed.log({"x": 1}, step)
+    assert relaxed.finish()
+    assert not link.taken
+    assert [record.message for record in caplog.records].count(sentence) <= 1
+    strict = Observer(ObserverSettings(project="p", log_dir=tmp_path, strict=True), Identity(0, 1, 0, 1), ShakyLink())
+    with pytest.raises(ValueError, match="step"):
+        strict.log({"x": 1}, step)
+    strict.finish()
+
+
+def test_numpy_steps_are_steps(link: ShakyLink, observer: Observer) -> None:
+    import numpy as np
+
+    observer.log({"x": 1}, np.int64(4))
+    assert observer.finish()
+    assert link.steps() == [4]
+
+
+def test_a_rejected_value_warns_once_by_name(
+    link: ShakyLink, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        observer.log({"x": 1, "thing": object()})
+    assert observer.finish()
+    warnings = [record.message for record in caplog.records if "thing" in record.message]
+    assert warnings == ["'thing' is not logged: object is not a number; log numbers."]
+    assert [event.values for event in link.taken] == [{"x": 1.0}] * 3
+
+
+def test_a_value_on_a_gpu_is_read_by_the_flusher_in_order(
+    link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU here: a value that says it is on one, and whose copy is ready some time later."""
+    import swanlab_ray.observer.values as values
+
+    class OnGpu:
+        is_cuda = True
+
+        def __float__(self) -> float:
+            raise AssertionError("reading it would wait for the GPU")
+
+    monkeypatch.setattr(values, "copy_to_host", lambda tensor: lambda: 2.5)
+    observer.log({"before": 1}, 0)
+    observer.log({"x": OnGpu(), "y": 1}, 1)
+    observer.log({"after": 1}, 2)
+    assert observer.finish()
+    assert [event.values for event in link.taken] == [{"before": 1.0}, {"x": 2.5, "y": 1.0}, {"after": 1.0}]
+
+
+def test_secrets_in_a_configuration_are_masked(link: ShakyLink, observer: Observer) -> None:
+    observer.config({"hub_token": "s3cret", "nested": {"wandb_api_key": "s3cret"}, "eos_token": "</s>", "n": 1})
+    assert observer.finish()
+    assert link.taken[0].values == {"hub_token": "***", "nested": {"wandb_api_key": "***"}, "eos_token": "</s>", "n": 1}
+
+
+def test_signs_of_life_carry_the_counts(link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_module, "BEAT_S", 0.01)
+    observer.log({"x": 1})
+    wait_until(lambda: bool(link.beats) and link.beats[-1].logged == 1)
+    assert next(itertools.islice(link.beats, 1)).rank == 0

@@ -1,0 +1,252 @@
+"""The writer by itself: its class without Ray, writing real SwanLab runs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swanlab_ray.actors import writer as writer_module
+from swanlab_ray.actors.locks import pid_namespace
+from swanlab_ray.actors.protocol import SCALARS, USER, Goodbye, Hello, Outcome, State, encode_batch
+from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.writer import RunEnded, Writer
+from swanlab_ray.observer.values import encode
+from tests.conftest import wait_until
+from tests.swanlab_file import RunFile, only_run
+
+_runs = itertools.count()
+
+
+class Run:
+    """A writer and ranks that talk to it."""
+
+    def __init__(self, log_dir: Path, world_size: int, **settings: Any) -> None:
+        values = {"project": "p", "mode": "offline", "log_dir": log_dir, "rank_timeout": 1.0} | settings
+        self.log_dir = log_dir
+        self.world_size = world_size
+        self.seq = [0] * 16
+        self.writer = Writer(f"run{next(_runs)}", ObserverSettings(**values))
+
+    def hello(self, rank: int, life: str = "a", next_seq: int = 0, pid: int = 0, world_size: int = 0) -> Any:
+        return self.writer.hello(
+            Hello(
+                rank=rank,
+                world_size=world_size or self.world_size,
+                local_rank=rank,
+                host=f"host{rank}",
+                pid=pid or os.getpid(),
+                pid_namespace=pid_namespace() if pid else "elsewhere",
+                gpu=None,
+                life=life,
+                next_seq=next_seq,
+            )
+        )
+
+    def send(self, rank: int, *events: Any, life: str = "a", seq: int | None = None) -> Any:
+        seq = self.seq[rank] if seq is None else seq
+        ack = self.writer.ingest(rank, life, seq, encode_batch([encode(event) for event in events]))
+        self.seq[rank] = ack.next_seq
+        return ack
+
+    def log(self, rank: int, step: int, life: str = "a", **values: Any) -> Any:
+        return self.send(rank, (SCALARS, step, time.time_ns(), USER, values), life=life)
+
+    def goodbye(self, rank: int, state: State = "success", error: str | None = None, time_ns: int = 0) -> bool:
+        return self.writer.goodbye(
+            Goodbye(rank=rank, life="a", state=state, error=error, time_ns=time_ns, logged=0, dropped=0)
+        )
+
+    def ended(self) -> RunFile:
+        wait_until(lambda: self.writer.status().closed)
+        return only_run(self.log_dir)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """These writers are no actors: they have nothing to end."""
+    monkeypatch.setattr(writer_module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(writer_module, "LINGER_S", 0.0)
+    yield
+
+
+def test_success_only_if_every_rank_finished(tmp_path: Path) -> None:
+    run = Run(tmp_path, 2)
+    run.hello(0)
+    run.hello(1)
+    assert not run.goodbye(0)
+    assert run.goodbye(1)
+    assert run.ended().state == "finished"
+
+
+def test_the_first_failure_is_the_cause(tmp_path: Path) -> None:
+    """Rank 0 reports first, but rank 1 fell first."""
+    run = Run(tmp_path, 2)
+    run.hello(0)
+    run.hello(1)
+    run.goodbye(0, "crashed", "connection closed by peer", time_ns=20)
+    run.goodbye(1, "crashed", "ValueError: boom", time_ns=10)
+    ended = run.ended()
+    assert ended.state == "crashed"
+    assert ended.error.startswith("rank 1 (host1, pid")
+    assert ended.error.endswith("ValueError: boom")
+
+
+def test_a_silent_rank_is_lost(tmp_path: Path) -> None:
+    run = Run(tmp_path, 2)
+    run.hello(0)
+    run.hello(1)
+    run.goodbye(0)
+    ended = run.ended()
+    assert ended.state == "crashed"
+    assert "rank 1 (host1" in ended.error
+    assert "was lost: no sign of life for 1 s" in ended.error
+
+
+def test_a_rank_that_said_how_it_ended_is_not_lost(tmp_path: Path) -> None:
+    """Ray Train ends workers without their exit handlers."""
+    run = Run(tmp_path, 1)
+    run.hello(0)
+    run.send(0, Outcome("success", None, 5))
+    assert run.ended().state == "finished"
+
+
+def test_ranks_that_never_came_are_named(tmp_path: Path) -> None:
+    run = Run(tmp_path, 3)
+    run.hello(1)
+    run.goodbye(1)
+    ended = run.ended()
+    assert ended.state == "crashed"
+    assert ended.error == "of 3 ranks, 2 never reported (rank 0, 2)"
+
+
+def test_batches_are_taken_once_and_in_order(tmp_path: Path) -> None:
+    run = Run(tmp_path, 1)
+    run.hello(0)
+    first = (SCALARS, 0, time.time_ns(), USER, {"x": 1.0})
+    assert run.send(0, first, seq=0).next_seq == 1
+    assert run.send(0, first, seq=0).next_seq == 1  # sent again: its ack was lost
+    assert run.send(0, first, seq=5).next_seq == 1  # a gap: the writer says what is due
+    assert run.writer.status().received == 1
+    run.goodbye(0)
+    assert run.ended().scalars["x"] == {0: 1.0}
+
+
+def test_batches_that_died_with_an_earlier_writer_are_counted_and_said(tmp_path: Path) -> None:
+    run = Run(tmp_path, 1)
+    welcome = run.hello(0, next_seq=7)
+    assert welcome.next_seq == 7
+    restarted = run.hello(0, next_seq=9)
+    assert restarted.next_seq == 9
+    assert "2 batches of rank 0 were lost with an earlier writer." in run.writer.status().notices
+    run.goodbye(0)
+    run.ended()
+
+
+def test_a_wrong_world_size_is_said_to_the_rank(tmp_path: Path) -> None:
+    run = Run(tmp_path, 4)
+    run.hello(0)
+    welcome = run.hello(1, world_size=2)
+    assert welcome.notices == [
+        "Rank 1 says the world size is 2, but the run began with 4: check RANK and WORLD_SIZE, or give each job its own "
+        "OBSERVER_RUN_ID."
+    ]
+    run.goodbye(0)
+    run.goodbye(1)
+    run.ended()
+
+
+def test_two_jobs_under_one_run_id_are_noticed(tmp_path: Path) -> None:
+    run = Run(tmp_path, 1)
+    run.hello(0, life="a")
+    run.hello(0, life="b")
+    assert any("said hello twice" in notice for notice in run.writer.status().notices)
+    with pytest.raises(KeyError):
+        run.log(0, 1, life="a")
+    run.ended()
+
+
+def test_who_comes_after_the_end_needs_a_new_writer(tmp_path: Path) -> None:
+    run = Run(tmp_path, 1)
+    run.hello(0)
+    run.goodbye(0)
+    with pytest.raises(RunEnded):
+        run.hello(0, life="b")
+    run.ended()
+
+
+def test_rejected_values_are_told_once(tmp_path: Path) -> None:
+    run = Run(tmp_path, 1)
+    run.hello(0)
+    assert run.log(0, 1, note="hi").notices == ["'note' is not logged: str 'hi' is not a number; log numbers."]
+    assert run.log(0, 2, note="hi").notices == []
+    assert run.writer.status().rejected == 2
+    run.goodbye(0)
+    run.ended()
+
+
+def test_original_times_reach_the_file(tmp_path: Path) -> None:
+    run = Run(tmp_path, 1)
+    run.hello(0)
+    run.send(0, (SCALARS, 3, 1_700_000_000_250_000_000, USER, {"x": 1.0}))
+    run.goodbye(0)
+    assert run.ended().times["x"][3] == pytest.approx(1_700_000_000.25)
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("offline", 3), ("local", 2)])
+def test_nan_is_kept_from_the_local_dashboard_only(tmp_path: Path, mode: str, kept: int) -> None:
+    """There a NaN breaks the project's table; everywhere else it is in the record."""
+    run = Run(tmp_path, 1, mode=mode)
+    run.hello(0)
+    for step, value in enumerate([1.0, math.nan, 3.0]):
+        run.log(0, step, x=value)
+    run.goodbye(0)
+    ended = run.ended()
+    assert len(ended.scalars["x"]) == kept
+    assert run.writer.status().withheld == 3 - kept
+
+
+def test_cloud_without_a_key_is_kept_offline_and_says_how_to_upload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWANLAB_SAVE_DIR", str(tmp_path / "nobody"))
+    monkeypatch.setenv("SWANLAB_PROJECT", "breaks-swanlab")
+    run = Run(tmp_path / "logs", 1, mode="cloud")
+    run.hello(0)
+    run.log(0, 1, x=1.0)
+    run.goodbye(0)
+    assert run.ended().scalars["x"] == {1: 1.0}
+    status = run.writer.status()
+    assert status.mode == "offline"
+    (notice,) = status.notices
+    assert "no API key was provided" in notice
+    assert f"swanlab sync {status.run_dir} --id" in notice
+
+
+def test_a_log_dir_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run = Run(tmp_path / "file" / "logs", 1)
+    run.hello(0)
+    wait_until(lambda: bool(run.writer.status().notices))
+    assert "cannot be made on the writer's machine (Not a directory)" in run.writer.status().notices[0]
+    run.log(0, 1, x=1.0)
+    run.goodbye(0)
+    wait_until(lambda: run.writer.status().thinned == 1)
+
+
+def test_status_line_and_repr(tmp_path: Path) -> None:
+    from swanlab_ray.actors.status import status_line
+
+    run = Run(tmp_path, 2)
+    run.hello(0)
+    run.log(0, 12, loss=2.5)
+    assert status_line(run.writer.status()).startswith("running | step 12 | ranks 1/2 | loss 2.5 | events 1 |")
+    assert repr(run.writer).startswith("SwanLabWriter(project=p, run=run")
+    run.goodbye(0)
+    run.ended()
