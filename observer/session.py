@@ -61,7 +61,8 @@ class Observer:
         self._life = secrets.token_hex(8)
         self._link = link
         self._last_step = -1
-        self._result: tuple[State | None, str | None] = (None, None)
+        self.result: tuple[State | None, str | None] = (None, None)
+        """State and error that the exit of this process will report, unless it brings a worse one."""
         self._finished = False
         self._pid_namespace = pid_namespace()
         self._channel = Channel(link, self.rank, self._life, self._hello, self._announce)
@@ -154,7 +155,7 @@ class Observer:
 
     def set_result(self, state: State | None, error: str | None = None) -> None:
         """Say how this rank has ended should the process end now; None: it is at work (again)."""
-        self._result = (state, error)
+        self.result = (state, error)
         self._put(encode((OUTCOME, state, error, time.time_ns())))
 
     def wait_ready(self, timeout: float) -> bool:
@@ -217,7 +218,7 @@ class Observer:
         return f"Observer(run_id={self.run_id!r}, rank={self.rank}, world_size={self.world_size})"
 
     def _at_exit(self, verdict: tuple[State, str] | None) -> None:
-        state, error = verdict or self._result
+        state, error = verdict or self.result
         if state is None:
             state, error = "aborted", "the process ended without finish()"
         try:
@@ -257,6 +258,7 @@ class DisabledObserver(Observer):
         self.rank, self.world_size, self.local_rank = identity.rank, identity.world_size, identity.local_rank
         self.in_ray_train = identity.in_ray_train
         self.outcome = None
+        self.result = (None, None)
         self._finished = False
 
     @property

@@ -1,0 +1,249 @@
+"""Real Trainers with the callback, reporting to a real writer on the shared cluster."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+
+from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.observer import ObserverCallback, current
+from tests import tiny
+from tests.conftest import Launch, SharedCluster
+from tests.swanlab_file import RunFile, ended_run, only_run
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def settings(tmp_path: Path, ray_cluster: SharedCluster) -> Iterator[ObserverSettings]:
+    """Settings of a run; this process is connected to Ray already, as one that uses Ray itself is."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address=ray_cluster.address, namespace="tests", log_to_driver=False, logging_level="ERROR")
+    yield ObserverSettings(
+        project="p", mode="offline", log_dir=tmp_path / "swanlog", run_id=f"callback-{os.getpid()}-{next(_numbers)}"
+    )
+    observer = current()
+    if observer is not None:
+        observer.finish("aborted", "the test left it open", timeout=20)
+
+
+def finished(settings: ObserverSettings) -> RunFile:
+    observer = current()
+    assert observer is not None
+    state, error = observer.result
+    assert state is not None
+    assert observer.finish(state, error)
+    return ended_run(settings.log_dir)
+
+
+def test_metrics_configuration_and_own_measurements(settings: ObserverSettings, tmp_path: Path) -> None:
+    """Trainer logs under SwanLab's own names, each rank's loss and step time, and the configuration."""
+    trainer = tiny.trainer(tmp_path, [ObserverCallback(settings)], eval_strategy="steps", eval_steps=2, seed=3)
+    trainer.train()
+    run = finished(settings)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert run.scalars["train/loss"] == pytest.approx({entry["step"]: entry["loss"] for entry in logged})
+    assert set(run.scalars["eval/loss"]) == {2, 4}
+    assert {"train/grad_norm", "train/learning_rate", "train/epoch", "train/global_step"} <= set(run.scalars)
+    assert set(run.scalars["single_value/train_runtime"]) == {4}
+    assert run.scalars["rank/0/loss"] == pytest.approx(run.scalars["train/loss"], abs=1e-3)
+    assert set(run.scalars["rank/0/step_time"]) == {1, 2, 3, 4}
+    assert min(run.values("rank/0/step_time")) > 0
+    config = run.config
+    assert config["model"]["class"] == "LlamaForCausalLM"
+    assert config["model"]["hidden_size"] == 16
+    assert config["model"]["parameters"] == tiny.model().num_parameters()
+    assert config["training"]["per_device_train_batch_size"] == 2
+    assert config["optimizer"]["learning_rate"] == trainer.args.learning_rate
+    assert config["parallelism"]["world_size"] == 1
+    assert config["max_steps"] == 4
+    assert run.state == "finished"
+
+
+def test_own_loss_sums_the_micro_batches(settings: ObserverSettings, tmp_path: Path) -> None:
+    tiny.trainer(tmp_path, [ObserverCallback(settings)], gradient_accumulation_steps=3).train()
+    run = finished(settings)
+    assert run.scalars["rank/0/loss"] == pytest.approx(run.scalars["train/loss"], abs=1e-3)
+
+
+def test_training_is_the_same_with_and_without(settings: ObserverSettings, tmp_path: Path) -> None:
+    """Bit-identical weights."""
+    weights = []
+    for callbacks in ([], [ObserverCallback(settings)]):
+        trainer = tiny.trainer(tmp_path, callbacks)
+        trainer.train()
+        weights.append(torch.cat([parameter.flatten() for parameter in trainer.model.parameters()]))
+    assert torch.equal(*weights)
+    finished(settings)
+
+
+def test_evaluate_only_is_a_run_with_its_metrics(settings: ObserverSettings, tmp_path: Path) -> None:
+    tiny.trainer(tmp_path, [ObserverCallback(settings)]).evaluate()
+    run = finished(settings)
+    assert set(run.scalars["eval/loss"]) == {0}
+    assert run.config["model"]["class"] == "LlamaForCausalLM"
+    assert run.state == "finished"
+
+
+def test_trained_twice_goes_on_in_its_steps(settings: ObserverSettings, tmp_path: Path) -> None:
+    """SwanLab keeps the first value of a step, so the second training must not start at step 1 again."""
+    trainer = tiny.trainer(tmp_path, [ObserverCallback(settings)])
+    trainer.train()
+    trainer.train()
+    trainer.evaluate()
+    run = finished(settings)
+    assert set(run.scalars["train/loss"]) == set(range(1, 9))
+    assert set(run.scalars["rank/0/loss"]) == set(range(1, 9))
+    assert set(run.scalars["eval/loss"]) == {8}
+
+
+def test_resumed_from_a_checkpoint_keeps_its_steps(settings: ObserverSettings, tmp_path: Path) -> None:
+    tiny.trainer(tmp_path, [], max_steps=2, save_strategy="steps", save_steps=2).train()
+    resumed = tiny.trainer(tmp_path, [ObserverCallback(settings)])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    run = finished(settings)
+    assert set(run.scalars["train/loss"]) == set(run.scalars["rank/0/loss"]) == {3, 4}
+
+
+def test_auto_find_batch_size_is_one_run_that_succeeds(settings: ObserverSettings, tmp_path: Path) -> None:
+    """Attempts run out of memory after their first step; the last one ends well, and its steps follow theirs."""
+
+    failures = []
+
+    class Greedy(Trainer):  # type: ignore[misc]
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            if self._train_batch_size > 4 and self.state.global_step == 1:
+                failures.append(self._train_batch_size)
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(*args, **kwargs)
+
+    callback = ObserverCallback(settings)
+    tiny.trainer(tmp_path, [callback], Greedy, auto_find_batch_size=True, per_device_train_batch_size=8).train()
+    run = finished(settings)
+    assert run.state == "finished"
+    assert failures
+    assert set(run.scalars["train/loss"]) == set(range(1, len(failures) + 4 + 1))
+
+
+def test_exception_is_the_result_and_passes_through(settings: ObserverSettings, tmp_path: Path) -> None:
+    class Broken(Trainer):  # type: ignore[misc]
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 2:
+                raise ValueError("a bad batch")
+            return super().training_step(*args, **kwargs)
+
+    with pytest.raises(ValueError, match="a bad batch"):
+        tiny.trainer(tmp_path, [ObserverCallback(settings)], Broken).train()
+    run = finished(settings)
+    assert run.state == "crashed"
+    assert "ValueError: a bad batch" in run.error
+
+
+def test_a_callback_added_later_watches_too(settings: ObserverSettings, tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, [])
+    trainer.add_callback(ObserverCallback(settings))
+    trainer.train()
+    assert set(finished(settings).scalars["rank/0/loss"]) == {1, 2, 3, 4}
+
+
+def test_deepspeed_file_and_fsdp_are_described(tmp_path: Path) -> None:
+    """Without DeepSpeed or a GPU: what is read is the arguments, which here are stand-ins."""
+    from types import SimpleNamespace
+
+    from swanlab_ray.observer.describe import run_config
+
+    file = tmp_path / "zero2.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    args = SimpleNamespace(
+        to_dict=lambda: {"learning_rate": 1e-3},
+        deepspeed=str(file),
+        fsdp=["full_shard"],
+        fsdp_config={"version": 2},
+        world_size=4,
+        parallel_mode="distributed",
+        gradient_accumulation_steps=1,
+    )
+    accelerator = SimpleNamespace(
+        distributed_type=SimpleNamespace(value="FSDP"),
+        state=SimpleNamespace(fsdp_plugin=SimpleNamespace(reshard_after_forward=True)),
+        parallelism_config=SimpleNamespace(cp_size=2, tp_size=1),
+    )
+    config = run_config(args, None, SimpleNamespace(max_steps=10), accelerator)
+    assert config["deepspeed"] == {"file": str(file), "zero_optimization": {"stage": 2}}
+    parallelism = config["parallelism"]
+    assert (parallelism["cp_size"], parallelism["world_size"], parallelism["distributed_type"]) == (2, 4, "FSDP")
+    assert parallelism["fsdp_config"] == {"version": 2}
+    assert parallelism["fsdp_plugin"] == {"reshard_after_forward": "True"}
+
+
+def test_a_failing_observer_never_stops_training(
+    settings: ObserverSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = ObserverCallback(settings)
+    trainer = tiny.trainer(tmp_path, [callback])
+    monkeypatch.setattr(callback, "_tell_progress", lambda state: 1 / 0)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    failures = [record.message for record in caplog.records if "on_step_end failed" in record.message]
+    assert failures == ["on_step_end failed: ZeroDivisionError: division by zero; the training goes on."]
+
+
+TRAIN_TWO_RANKS = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, {root!r})
+    from swanlab_ray.observer import ObserverCallback
+    from tests import tiny
+    trainer = tiny.trainer(Path("out"), [ObserverCallback()], ddp_backend="gloo")
+    trainer.train()
+    {after}
+"""
+
+
+@pytest.mark.parametrize(("after", "state"), [("", "finished"), ("sys.exit(3)", "crashed")])
+def test_two_ranks_report_each_its_own(
+    launch: Launch, tmp_path: Path, in_cluster: SharedCluster, after: str, state: str
+) -> None:
+    """Under torchrun, closed by the exit alone: each rank's loss, their mean the Trainer's, one truthful end."""
+    root = str(Path(__file__).parents[1])
+    launch(TRAIN_TWO_RANKS.format(root=root, after=after), ranks=2).wait()
+    run = ended_run(tmp_path / "swanlog")
+    assert set(run.scalars["rank/0/loss"]) == set(run.scalars["rank/1/loss"]) == {1, 2, 3, 4}
+    assert run.scalars["rank/0/loss"] != run.scalars["rank/1/loss"]
+    assert run.scalars["ranks/loss/mean"] == pytest.approx(run.scalars["train/loss"], abs=1e-3)
+    assert set(run.scalars["ranks/step_time/argmax"]) == {1, 2, 3, 4}
+    assert run.state == state
+
+
+def test_trl_trainers_work_the_same(settings: ObserverSettings, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = {word: number for number, word in enumerate(["<pad>", "<eos>", "a", "b", "c"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    args = SFTConfig(
+        output_dir=str(tmp_path), max_steps=2, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True,
+        bf16=False, disable_tqdm=True,
+    )  # fmt: skip
+    data = Dataset.from_list([{"text": "a b c a b"}] * 16)
+    SFTTrainer(
+        tiny.model(), args, train_dataset=data, processing_class=fast, callbacks=[ObserverCallback(settings)]
+    ).train()
+    run = finished(settings)
+    assert set(run.scalars["rank/0/loss"]) == set(run.scalars["train/loss"]) == {1, 2}
+    assert run.state == "finished"
+    assert only_run(settings.log_dir).path == run.path
