@@ -19,7 +19,7 @@ ACTOR_PREFIX = "swanlab-writer:"
 State = Literal["success", "crashed", "aborted"]
 """How a rank, and a run, can end: the words SwanLab uses."""
 
-EVENTS_PER_BATCH = 512
+EVENTS_PER_BATCH = 8192
 BATCH_BYTES = 1 << 20
 
 # Whose value a scalar is, and so what the writer makes of it over ranks.
@@ -122,6 +122,12 @@ class Goodbye(msgspec.Struct, frozen=True, kw_only=True):
     dropped: int
 
 
+class Farewell(msgspec.Struct, frozen=True, array_like=True):
+    last: bool
+    """This was the last rank: it may wait until the run is closed."""
+    notices: list[str]
+
+
 class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     host: str
@@ -189,6 +195,11 @@ _loose = msgspec.msgpack.Decoder()
 def encode_batch(events: Iterable[bytes]) -> bytes:
     """Join encoded events into one batch."""
     return _encoder.encode([msgspec.Raw(event) for event in events])
+
+
+def count_events(batch: bytes) -> int:
+    """How many events a batch holds."""
+    return len(_raw_events.decode(batch))
 
 
 class Rejected(msgspec.Struct, frozen=True):

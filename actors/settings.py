@@ -106,13 +106,12 @@ class ObserverSettings(BaseSettings):
     )
     """Completions kept in memory between two tables; the oldest go first."""
 
-    run_id: RunId | None = Field(
-        default=None, validation_alias=_env("run_id", "OBSERVER_RUN_ID", "SWANLAB_RUN_ID")
-    )
+    run_id: RunId | None = Field(default=None, validation_alias=_env("run_id", "OBSERVER_RUN_ID", "SWANLAB_RUN_ID"))
     """Identity of the run, the same on every rank. By default it is worked out from the launcher."""
 
     log_dir: Path = Field(
-        default=Path("swanlog"), validation_alias=_env("log_dir", "OBSERVER_LOG_DIR", "SWANLAB_LOG_DIR", "SWANLAB_LOGDIR")
+        default=Path("swanlog"),
+        validation_alias=_env("log_dir", "OBSERVER_LOG_DIR", "SWANLAB_LOG_DIR", "SWANLAB_LOGDIR"),
     )
     """Where the writer keeps the run, as seen from the machine the writer runs on."""
 

@@ -1,4 +1,5 @@
-"""The writer: one named Ray actor per run, the only process that writes SwanLab.
+"""The writer: one named Ray actor per run, the only process that writes SwanLab. This file is its membership: who is
+there, what was acknowledged, how it ends; :mod:`swanlab_ray.actors.pipeline` does the writing.
 
 Ranks reach it through :func:`get_or_create`. What arrives stays in order (one thread, group ``io``); signs of life and
 questions are answered beside it (group ``query``), so a full batch never delays them.
@@ -8,35 +9,29 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from swanlab_ray.actors.aggregate import Aggregator
 from swanlab_ray.actors.locks import hold_lock, pid_namespace
+from swanlab_ray.actors.pipeline import Pipeline, RankView
 from swanlab_ray.actors.protocol import (
     ACTOR_PREFIX,
     NAMESPACE,
-    RANK,
-    SCALARS,
     Ack,
     Beat,
-    Config,
+    Farewell,
     Goodbye,
     Hello,
-    Outcome,
-    Progress,
     RankStatus,
-    Scalars,
     State,
     Welcome,
     WriterStatus,
-    decode_batch,
 )
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.status import status_line
-from swanlab_ray.actors.swanlab_run import SwanLabRun, stderr
+from swanlab_ray.actors.swanlab_run import stderr
 
 TICK_S = 0.2
 STATUS_LINE_S = 5.0
@@ -44,6 +39,8 @@ FLUSH_INTERVAL_S = 0.2
 """Seconds between two batches of a rank while the world is small."""
 CALLS_PER_SECOND = 1000.0
 """Batches a second the writer asks for at most: it saturates at about 2,800 (two cores, Ray 2.60)."""
+SMALL_BACKLOG_BYTES = 1 << 20
+SETTLE_S = 1.0
 FAILED_RANK_GRACE_S = 15.0
 """Once one rank has failed, silence this long means that its peers went with it."""
 LINGER_S = 3.0
@@ -56,21 +53,17 @@ class RunEnded(Exception):
 
 @dataclass(slots=True)
 class _Rank:
+    """A rank's membership in the run."""
+
     hello: Hello
     heard: float  # monotonic
     next_seq: int
+    view: RankView
     state: str = "running"
     error: str | None = None
     ended_ns: int = 0
-    outcome: Outcome | None = None
-    step: int | None = None
-    loss: float | None = None
-    step_time: float | None = None
     logged: int = 0
-    received: int = 0
     dropped: int = 0
-    lost_batches: int = 0
-    notices: list[str] = field(default_factory=list)
 
 
 class Writer:
@@ -90,20 +83,13 @@ class Writer:
         self._lock = threading.Lock()
         self._ranks: dict[int, _Rank] = {}
         self._world_size = 0
-        self._run: SwanLabRun | None = None
-        self._aggregator = Aggregator(self._write, settings.rank_series)
-        self._job = Progress(0, 0)
-        self._job_loss: float | None = None
-        self._received = 0
-        self._rejected = 0
-        self._rejected_keys: set[str] = set()
+        self._pipeline: Pipeline | None = None  # opened with the first rank
         self._notices: list[str] = []
         self._told = 0  # of the run's notices, how many rank 0 has seen
         self._end: tuple[State, str | None] | None = None
         self._born = time.monotonic()
         self._pid_namespace = pid_namespace()
-        self._ticker = threading.Thread(target=self._tick_forever, name="writer-ticker", daemon=True)
-        self._ticker.start()
+        threading.Thread(target=self._tick_forever, name="writer-ticker", daemon=True).start()
 
     def __repr__(self) -> str:
         return f"SwanLabWriter(project={self._settings.project}, run={self._run_id})"
@@ -120,8 +106,8 @@ class Writer:
         with self._lock:
             if self._end is not None:
                 raise RunEnded(self._run_id)
-            if self._run is None:
-                self._run = SwanLabRun(self._settings, self._run_id)
+            if self._pipeline is None:
+                self._pipeline = Pipeline(self._settings, self._run_id)
                 self._world_size = hello.world_size
             known = self._ranks.get(hello.rank)
             if known is None or known.hello.life != hello.life:
@@ -131,12 +117,11 @@ class Writer:
             known.heard = time.monotonic()
             if hello.next_seq > known.next_seq:
                 # An earlier incarnation of this writer acknowledged these and took them with it.
-                known.lost_batches += hello.next_seq - known.next_seq
                 self._notice(
                     f"{hello.next_seq - known.next_seq} batches of rank {hello.rank} were lost with an earlier writer."
                 )
                 known.next_seq = hello.next_seq
-            self._tell_aggregator()
+            self._members_changed()
             return Welcome(
                 next_seq=known.next_seq,
                 flush_interval=self._flush_interval(),
@@ -144,10 +129,11 @@ class Writer:
             )
 
     def _arrive(self, hello: Hello, earlier: _Rank | None) -> _Rank:
-        rank = _Rank(hello, time.monotonic(), hello.next_seq)
+        pipeline = self._opened
+        pipeline.restart_rank(hello.rank)
+        rank = _Rank(hello, time.monotonic(), hello.next_seq, pipeline.ranks[hello.rank])
         if earlier is not None:
-            rank.received, rank.dropped = earlier.received, earlier.dropped
-            self._aggregator.restart_rank(hello.rank)
+            rank.view.received, rank.dropped = earlier.view.received, earlier.dropped
             if earlier.state == "running" and self._alive(earlier) is not False:
                 self._notice(
                     f"Rank {hello.rank} said hello twice, from {earlier.hello.host} (pid {earlier.hello.pid}) and from "
@@ -160,7 +146,7 @@ class Writer:
                     f"Rank {hello.rank} says the world size is {hello.world_size}, but the run began with "
                     f"{self._world_size}: check RANK and WORLD_SIZE, or give each job its own OBSERVER_RUN_ID."
                 )
-                rank.notices.append(sentence)
+                rank.view.notices.append(sentence)
                 self._notice(sentence)
             self._world_size = hello.world_size if not others else max(self._world_size, hello.world_size)
         self._ranks[hello.rank] = rank
@@ -181,67 +167,32 @@ class Writer:
             sender = self._ranks[rank]
             if sender.hello.life != life:
                 raise KeyError(f"rank {rank} has a newer life")
-            now = sender.heard = time.monotonic()
+            sender.heard = time.monotonic()
             if sender.state == "lost":
                 sender.state = "running"
-                self._tell_aggregator()
+                self._members_changed()
             if seq == sender.next_seq:
                 sender.next_seq += 1
-                self._take(sender, batch, now)
+                self._opened.put(rank, batch)
             return Ack(sender.next_seq, self._flush_interval(), self._take_notices(sender))
 
-    def _take(self, sender: _Rank, batch: bytes, now: float) -> None:
-        rank = sender.hello.rank
-        events, rejected = decode_batch(batch)
-        for bad in rejected:
-            if bad.key not in self._rejected_keys and len(self._rejected_keys) < 1000:
-                self._rejected_keys.add(bad.key)
-                sender.notices.append(f"'{bad.key}' is not logged: {bad.reason}; log numbers.")
-        self._rejected += len(rejected)
-        sender.received += len(events)
-        self._received += len(events)
-        for event in events:
-            match event:
-                case Scalars():
-                    self._aggregator.add(rank, event, now)
-                    self._look_at(sender, event)
-                case Progress():
-                    sender.step = event.step
-                    if event.step >= self._job.step or event.max_steps != self._job.max_steps:
-                        self._job = event
-                case Outcome():
-                    sender.outcome = event
-                case Config():
-                    assert self._run is not None
-                    self._run.config(event.values)
-
-    def _look_at(self, sender: _Rank, scalars: Scalars) -> None:
-        """Keep the latest step, loss and step time of a rank for the status."""
-        if sender.step is None or scalars.step > sender.step:
-            sender.step = scalars.step
-        values = scalars.values
-        loss = values.get("loss", values.get("train/loss"))
-        if loss is not None:
-            if scalars.scope == RANK or sender.loss is None:
-                sender.loss = loss
-            if scalars.scope != RANK and sender.hello.rank == 0:
-                self._job_loss = loss
-        if "step_time" in values:
-            sender.step_time = values["step_time"]
-
     @ray.method(concurrency_group="io")
-    def goodbye(self, goodbye: Goodbye) -> bool:
-        """A rank ends. Returns whether it was the last one, which then may wait for the run to be closed."""
+    def goodbye(self, goodbye: Goodbye) -> Farewell:
+        """A rank ends."""
+        if self._pipeline is not None and self._pipeline.backlog < SMALL_BACKLOG_BYTES:
+            self._pipeline.settled(SETTLE_S)  # so that it still hears of values that were rejected
         with self._lock:
             rank = self._ranks.get(goodbye.rank)
+            notices = []
             if rank is not None and rank.hello.life == goodbye.life:
                 rank.state, rank.error, rank.ended_ns = goodbye.state, goodbye.error, goodbye.time_ns
                 rank.logged, rank.dropped = goodbye.logged, goodbye.dropped
                 rank.heard = time.monotonic()
-                self._tell_aggregator()
+                notices = self._take_notices(rank)
+                self._members_changed()
                 stderr(f"rank {goodbye.rank} ended: {goodbye.state}{' - ' + goodbye.error if goodbye.error else ''}")
             self._maybe_end()
-            return self._end is not None
+            return Farewell(self._end is not None, notices)
 
     # What is answered beside them.
 
@@ -256,7 +207,7 @@ class Writer:
             rank.logged, rank.dropped = beat.logged, beat.dropped
             if rank.state == "lost":
                 rank.state = "running"
-                self._tell_aggregator()
+                self._members_changed()
             return self._end is None
 
     @ray.method(concurrency_group="query")
@@ -266,8 +217,12 @@ class Writer:
             return self._status()
 
     def _status(self) -> WriterStatus:
-        run, now = self._run, time.monotonic()
+        now, pipeline = time.monotonic(), self._pipeline
         state, error = self._end or ("running", None)
+        views = [rank.view for rank in self._ranks.values()]
+        losses = [view.loss for view in views if view.loss is not None]
+        loss = pipeline.loss if pipeline else None
+        run = pipeline.run if pipeline else None
         return WriterStatus(
             run_id=self._run_id,
             project=self._settings.project or "",
@@ -277,43 +232,40 @@ class Writer:
             error=error,
             closed=run is not None and run.closed.is_set(),
             world_size=self._world_size,
-            ranks=[
-                RankStatus(
-                    rank=number,
-                    host=rank.hello.host,
-                    pid=rank.hello.pid,
-                    gpu=rank.hello.gpu,
-                    state=rank.state,
-                    step=rank.step,
-                    loss=rank.loss,
-                    step_time=rank.step_time,
-                    silent=now - rank.heard,
-                    logged=max(rank.logged, rank.received),
-                    received=rank.received,
-                    dropped=rank.dropped,
-                )
-                for number, rank in sorted(self._ranks.items())
-            ],
-            step=max((rank.step for rank in self._ranks.values() if rank.step is not None), default=None),
-            max_steps=self._job.max_steps,
-            epoch=self._job.epoch,
-            loss=self._job_loss if self._job_loss is not None else self._mean_loss(),
-            received=self._received,
+            ranks=[self._rank_status(number, rank, now) for number, rank in sorted(self._ranks.items())],
+            step=max((view.step for view in views if view.step is not None), default=None),
+            max_steps=pipeline.job.max_steps if pipeline else 0,
+            epoch=pipeline.job.epoch if pipeline else None,
+            loss=loss if loss is not None or not losses else sum(losses) / len(losses),
+            received=pipeline.received if pipeline else 0,
             written=run.written if run else 0,
             thinned=run.thinned if run else 0,
             withheld=run.withheld if run else 0,
-            late=self._aggregator.late,
-            rejected=self._rejected,
-            dropped=sum(rank.dropped for rank in self._ranks.values()),
-            lag=run.lag() if run else 0.0,
+            late=pipeline.late if pipeline else 0,
+            rejected=pipeline.rejected if pipeline else 0,
+            dropped=sum(rank.dropped for rank in self._ranks.values()) + (pipeline.dropped if pipeline else 0),
+            lag=pipeline.lag() if pipeline else 0.0,
             run_dir=run.run_dir if run else None,
             url=run.url if run else None,
-            notices=self._notices + (run.notices if run else []),
+            notices=self._notices + (pipeline.notices + pipeline.run.notices if pipeline else []),
         )
 
-    def _mean_loss(self) -> float | None:
-        losses = [rank.loss for rank in self._ranks.values() if rank.loss is not None]
-        return sum(losses) / len(losses) if losses else None
+    @staticmethod
+    def _rank_status(number: int, rank: _Rank, now: float) -> RankStatus:
+        return RankStatus(
+            rank=number,
+            host=rank.hello.host,
+            pid=rank.hello.pid,
+            gpu=rank.hello.gpu,
+            state=rank.state,
+            step=rank.view.step,
+            loss=rank.view.loss,
+            step_time=rank.view.step_time,
+            silent=now - rank.heard,
+            logged=max(rank.logged, rank.view.received),
+            received=rank.view.received,
+            dropped=rank.dropped,
+        )
 
     # The writer's own clock.
 
@@ -324,7 +276,6 @@ class Writer:
             now = time.monotonic()
             with self._lock:
                 self._notice_lost_ranks(now)
-                self._aggregator.tick(now)
                 self._maybe_end()
                 line = status_line(self._status()) if now >= next_line else None
                 ended = self._end is not None
@@ -346,11 +297,11 @@ class Writer:
                 rank.state = "lost"
                 rank.ended_ns = time.time_ns()
                 rank.error = "its process is gone (killed?)" if gone else f"no sign of life for {timeout:.0f} s"
-                if rank.outcome is not None and rank.outcome.state is not None:
-                    rank.state, rank.error = rank.outcome.state, rank.outcome.error
-                    rank.ended_ns = rank.outcome.time_ns
+                outcome = rank.view.outcome
+                if outcome is not None and outcome.state is not None:
+                    rank.state, rank.error, rank.ended_ns = outcome.state, outcome.error, outcome.time_ns
                 stderr(f"rank {number} is gone: {rank.state}{' - ' + rank.error if rank.error else ''}")
-                self._tell_aggregator()
+                self._members_changed()
 
     def _alive(self, rank: _Rank) -> bool | None:
         """Whether the rank's process exists, where this process could see it."""
@@ -376,9 +327,8 @@ class Writer:
             if now - last < patience:
                 return
         self._end = self._verdict()
-        self._aggregator.flush()
-        if self._run is not None:
-            self._run.finish(*self._end)
+        if self._pipeline is not None:
+            self._pipeline.finish(*self._end)
 
     def _verdict(self) -> tuple[State, str | None]:
         """Success only if every rank finished; else the first failure is the cause."""
@@ -398,8 +348,8 @@ class Writer:
 
     def _leave(self) -> None:
         """Close SwanLab's run, let watchers read the end, and end this actor for good."""
-        if self._run is not None:
-            self._run.closed.wait()
+        if self._pipeline is not None:
+            self._pipeline.run.closed.wait()
             stderr(status_line(self.status()))
             time.sleep(LINGER_S)
         if ray.is_initialized():
@@ -408,13 +358,14 @@ class Writer:
 
     # Small helpers, called with the lock held.
 
-    def _write(self, step: int, time_ns: int, values: dict[str, float]) -> None:
-        assert self._run is not None
-        self._run.write(step, time_ns, values)
+    @property
+    def _opened(self) -> Pipeline:
+        assert self._pipeline is not None, "a rank says hello first"
+        return self._pipeline
 
-    def _tell_aggregator(self) -> None:
+    def _members_changed(self) -> None:
         running = {number for number, rank in self._ranks.items() if rank.state == "running"}
-        self._aggregator.set_ranks(running, missing=max(0, self._world_size - len(self._ranks)))
+        self._opened.set_ranks(running, missing=max(0, self._world_size - len(self._ranks)))
 
     def _flush_interval(self) -> float:
         return max(FLUSH_INTERVAL_S, self._world_size / CALLS_PER_SECOND)
@@ -424,11 +375,12 @@ class Writer:
         stderr(sentence)
 
     def _take_notices(self, rank: _Rank) -> list[str]:
-        notices, rank.notices = rank.notices, []
-        if rank.hello.rank == 0 and self._run is not None:
+        notices, rank.view.notices = rank.view.notices, []
+        if rank.hello.rank == 0:
             # What concerns the whole run is told once, on rank 0.
-            notices = notices + self._run.notices[self._told :]
-            self._told = len(self._run.notices)
+            of_run = self._opened.run.notices
+            notices = notices + of_run[self._told :]
+            self._told = len(of_run)
         return notices
 
 

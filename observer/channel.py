@@ -1,7 +1,7 @@
 """From the training thread to the writer: a bounded deque, and one thread that empties it.
 
-The training thread only appends. The flusher thread joins events to batches, keeps each until it is acknowledged, has at
-most :data:`WINDOW` of them under way, and after a broken connection sends again from where the writer stands.
+The training thread only appends. The flusher thread joins events to batches, keeps each until it is acknowledged, has
+at most :data:`WINDOW` of them under way, and after a broken connection sends again from where the writer stands.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from swanlab_ray.actors.protocol import (
     EVENTS_PER_BATCH,
     Ack,
     Beat,
+    Farewell,
     Goodbye,
     Hello,
     Welcome,
@@ -52,7 +54,7 @@ class Link(Protocol):
     def acknowledged(self, reference: Any, wait: float) -> Ack | None: ...
     def beat(self, beat: Beat) -> Any: ...
     def beaten(self, reference: Any) -> bool | None: ...
-    def goodbye(self, goodbye: Goodbye, wait: float) -> bool: ...
+    def goodbye(self, goodbye: Goodbye, wait: float) -> Farewell: ...
     def wait_closed(self, deadline: float) -> WriterStatus | None: ...
     def close(self) -> None: ...
 
@@ -105,12 +107,13 @@ class Channel:
         self._life = life
         self._hello = hello
         self._on_welcome = on_welcome
-        self._events: deque[bytes | Deferred] = deque()
+        self.queue: deque[bytes | Deferred] = deque()
+        """Encoded events the flusher has not taken yet. Append below :data:`CAPACITY`, else :meth:`put`."""
         self._unsent: deque[bytes] = deque()
         self._unsent_bytes = 0
         self._window: deque[_Batch] = deque()
+        self._in_window = 0  # events in it
         self._next_seq = 0
-        self._taken = 0  # events the flusher has taken out of the deque
         self._acknowledged = 0
         self._dropped = 0
         self._overflowed = 0
@@ -132,14 +135,11 @@ class Channel:
 
     def put(self, event: bytes | Deferred) -> None:
         """Append an event, or drop the oldest one to make room. Never blocks."""
-        events = self._events
-        if len(events) >= CAPACITY:
-            try:
-                events.popleft()
+        if len(self.queue) >= CAPACITY:
+            with suppress(IndexError):  # the flusher has just taken it
+                self.queue.popleft()
                 self._overflowed += 1
-            except IndexError:
-                pass
-        events.append(event)
+        self.queue.append(event)
 
     def flush(self, timeout: float) -> bool:
         """Wait until the writer has everything put in so far; False after ``timeout`` seconds."""
@@ -174,8 +174,7 @@ class Channel:
 
     def statistics(self) -> ChannelStatistics:
         """Counts so far."""
-        in_window = sum(batch.events for batch in self._window)
-        waiting = len(self._events) + len(self._unsent) + in_window
+        waiting = len(self.queue) + len(self._unsent) + self._in_window
         dropped = self._dropped + self._overflowed
         return ChannelStatistics(
             logged=self._acknowledged + waiting + dropped,
@@ -226,7 +225,7 @@ class Channel:
         self._show_life()
         if not finishing:
             return False
-        if not (self._window or self._unsent or self._events):
+        if not (self._window or self._unsent or self.queue):
             self._say_goodbye()
             return True
         return self._out_of_time()
@@ -246,12 +245,16 @@ class Channel:
 
     def _heed(self, answer: Welcome | Ack) -> None:
         self._interval = answer.flush_interval
-        for notice in answer.notices:
+        self._show(answer.notices)
+
+    @staticmethod
+    def _show(notices: list[str]) -> None:
+        for notice in notices:
             warn_once(notice, notice)
 
     def _collect(self) -> None:
         """Move events out of the training thread's deque, within the byte bound."""
-        events, unsent = self._events, self._unsent
+        events, unsent = self.queue, self._unsent
         for _ in range(len(events)):
             try:
                 event = events.popleft()
@@ -277,6 +280,7 @@ class Channel:
             batch = _Batch(self._next_seq, len(events), encode_batch(events))
             self._next_seq += 1
             self._window.append(batch)
+            self._in_window += batch.events
             self._send(batch)
 
     def _send(self, batch: _Batch) -> None:
@@ -298,7 +302,9 @@ class Channel:
 
     def _forget_until(self, next_seq: int) -> None:
         while self._window and self._window[0].seq < next_seq:
-            self._acknowledged += self._window.popleft().events
+            events = self._window.popleft().events
+            self._in_window -= events
+            self._acknowledged += events
 
     def _show_life(self) -> None:
         now = time.monotonic()
@@ -320,8 +326,9 @@ class Channel:
         assert self._goodbye is not None
         statistics = self.statistics()
         message = self._goodbye(statistics.logged, statistics.dropped)
-        last = self._link.goodbye(message, max(0.5, self._deadline - time.monotonic()))
-        if last:
+        farewell = self._link.goodbye(message, max(0.5, self._deadline - time.monotonic()))
+        self._show(farewell.notices)
+        if farewell.last:
             self.outcome = self._link.wait_closed(self._deadline)
 
     def _out_of_time(self) -> bool:
@@ -332,10 +339,12 @@ class Channel:
         left = self.statistics().waiting
         if left:
             self._dropped += left
-            self._events.clear()
+            self.queue.clear()
             self._unsent.clear()
             self._window.clear()
-            logger.warning("%d events of this rank did not reach the writer: %s", left, self.last_error or "no time left")
+            self._in_window = 0
+            reason = self.last_error or "no time left"
+            logger.warning("%d events of this rank did not reach the writer: %s", left, reason)
 
     def _leave(self) -> None:
         try:

@@ -20,7 +20,9 @@ def main() -> None:
 
 @main.command()
 @click.option("--mode", default="local", show_default=True, metavar="|".join(MODES[:3]), help="Where the run goes.")
-@click.option("--ranks", default=2, show_default=True, type=click.IntRange(1, 64), help="Processes that train together.")
+@click.option(
+    "--ranks", default=2, show_default=True, type=click.IntRange(1, 64), help="Processes that train together."
+)
 @click.option("--steps", default=60, show_default=True, type=click.IntRange(1), help="Optimizer steps.")
 @click.option("--project", default="swanlab-ray-demo", show_default=True, help="SwanLab project.")
 @click.option("--log-dir", help="Where the run is kept.  [default: SWANLAB_LOG_DIR, else ./swanlog]")

@@ -162,7 +162,9 @@ def _join(address: str, life_lock: str | None = None) -> Cluster:
     with process_unchanged():
         import ray
 
-        logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that it could not take over SIGTERM, as it should not
+        logging.getLogger("ray").setLevel(
+            logging.ERROR
+        )  # it warns that it could not take over SIGTERM, as it should not
         run_exit_handler_first()  # Ray's own exit handler, registered by its import, would cut the connection
         try:
             ray.init(
@@ -171,7 +173,9 @@ def _join(address: str, life_lock: str | None = None) -> Cluster:
                 log_to_driver=False,
                 configure_logging=False,
                 logging_level="ERROR",
-                job_config=ray.job_config.JobConfig(metadata={"job_name": f"swanlab-ray rank {os.environ.get('RANK', '0')}"}),
+                job_config=ray.job_config.JobConfig(
+                    metadata={"job_name": f"swanlab-ray rank {os.environ.get('RANK', '0')}"}
+                ),
             )
         except Exception as error:
             raise NoCluster(f"The Ray cluster at '{address}' refused this process: {_brief(error)}") from error
@@ -228,7 +232,8 @@ def _keeper_environment() -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in ranks_own and not name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_", "OMP_", "SWANLAB_", "OBSERVER_"))
+        if name not in ranks_own
+        and not name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_", "OMP_", "SWANLAB_", "OBSERVER_"))
     }
     return kept | {"CUDA_VISIBLE_DEVICES": ""}
 

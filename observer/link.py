@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from swanlab_ray.actors.protocol import Ack, Beat, Goodbye, Hello, Welcome, WriterStatus
+from swanlab_ray.actors.protocol import Ack, Beat, Farewell, Goodbye, Hello, Welcome, WriterStatus
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer import cluster
 from swanlab_ray.observer.identity import Identity, resolve_run_id
@@ -76,12 +76,12 @@ class RayLink:
         """The answer to a sign of life if it has arrived."""
         return self._answer(reference, 0.0)  # type: ignore[no-any-return]
 
-    def goodbye(self, goodbye: Goodbye, wait: float) -> bool:
-        """Say goodbye; returns whether this was the last rank."""
-        last = self._answer(self._call("goodbye", goodbye), wait)
-        if last is None:
+    def goodbye(self, goodbye: Goodbye, wait: float) -> Farewell:
+        """Say goodbye."""
+        farewell: Farewell | None = self._answer(self._call("goodbye", goodbye), wait)
+        if farewell is None:
             raise LinkBroken(f"the writer did not answer within {wait:.0f} s")
-        return bool(last)
+        return farewell
 
     def wait_closed(self, deadline: float) -> WriterStatus | None:
         """Wait until the run is closed or until ``deadline`` (monotonic); returns the last status that was read."""
@@ -121,4 +121,8 @@ class RayLink:
 
 def _brief(error: BaseException) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1 if 'RunEnded' in str(error) else 0][:200]}" if lines else type(error).__name__
+    return (
+        f"{type(error).__name__}: {lines[-1 if 'RunEnded' in str(error) else 0][:200]}"
+        if lines
+        else type(error).__name__
+    )

@@ -43,7 +43,11 @@ class SharedCluster:
 def ray_cluster() -> Iterator[SharedCluster]:
     """One Ray cluster for all tests that do not harm it."""
     holder = subprocess.Popen(
-        [sys.executable, "-c", _CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", _CLUSTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert holder.stdin and holder.stdout
     address, dashboard, session_dir = holder.stdout.readline().split()
@@ -96,13 +100,22 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
         script.write_text(textwrap.dedent(source))
         command = [sys.executable, str(script)]
         if ranks:
-            command = [sys.executable, "-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={ranks}", str(script)]
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *torchrun,
+                f"--nproc_per_node={ranks}",
+                str(script),
+            ]
         output = tmp_path / f"output{number}.txt"
         with open(output, "w") as file:
             process = subprocess.Popen(
                 command,
                 cwd=tmp_path,
-                env=os.environ | {"SWANLAB_PROJ_NAME": "test", "SWANLAB_MODE": "offline", "PYTHONUNBUFFERED": "1"} | env,
+                env=os.environ
+                | {"SWANLAB_PROJ_NAME": "test", "SWANLAB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
+                | env,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -10,7 +10,19 @@ from typing import Any
 
 import pytest
 
-from swanlab_ray.actors.protocol import SCALARS, USER, Ack, Beat, Goodbye, Hello, Scalars, Welcome, WriterStatus, decode_batch
+from swanlab_ray.actors.protocol import (
+    SCALARS,
+    USER,
+    Ack,
+    Beat,
+    Farewell,
+    Goodbye,
+    Hello,
+    Scalars,
+    Welcome,
+    WriterStatus,
+    decode_batch,
+)
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer import channel as channel_module
 from swanlab_ray.observer.channel import Channel
@@ -64,9 +76,9 @@ class ShakyLink:
     def beaten(self, reference: Any) -> bool | None:
         return reference
 
-    def goodbye(self, goodbye: Goodbye, wait: float) -> bool:
+    def goodbye(self, goodbye: Goodbye, wait: float) -> Farewell:
         self.goodbyes.append(goodbye)
-        return True
+        return Farewell(True, [])
 
     def wait_closed(self, deadline: float) -> WriterStatus | None:
         return None

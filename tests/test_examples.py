@@ -27,7 +27,7 @@ def test_own_loops(launch: Launch, tmp_path: Path, in_cluster: SharedCluster, na
     assert run.scalars["rank/0/loss"] != run.scalars["rank/1/loss"]
     assert run.config["learning_rate"] == 0.1
     if name == "accelerate_loop.py":
-        assert run.scalars["lr"] == {step: 0.1 for step in range(20)}
+        assert run.scalars["lr"] == dict.fromkeys(range(20), 0.1)
     assert run.state == "finished"
 
 

@@ -48,7 +48,9 @@ def test_every_rank_arrives_once_in_one_run(launch: Launch, tmp_path: Path, in_c
     assert run.state == "finished"
 
 
-def test_ranks_start_a_cluster_of_their_own_and_end_it(launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_start_a_cluster_of_their_own_and_end_it(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a cluster the ranks start one among themselves; after the last goodbye nothing of it is left."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     done = launch(LOG_200, ranks=2, RAY_TMPDIR=str(tmp_path)).wait()
@@ -92,7 +94,9 @@ def test_killed_rank_is_named(launch: Launch, tmp_path: Path, in_cluster: Shared
 
 
 @pytest.mark.parametrize(("action", "state"), [("sys.exit(3)", "crashed"), ("sys.exit(0)", "aborted")])
-def test_leaving_early_is_no_success(launch: Launch, tmp_path: Path, in_cluster: SharedCluster, action: str, state: str) -> None:
+def test_leaving_early_is_no_success(
+    launch: Launch, tmp_path: Path, in_cluster: SharedCluster, action: str, state: str
+) -> None:
     """``sys.exit`` in the middle: the loop did not reach ``finish()``."""
     source = FAIL_AT_5.replace("observer.rank == 1", "True").replace("FAIL", action)
     launch(source, ranks=0).wait()

@@ -14,7 +14,7 @@ import pytest
 
 from swanlab_ray.actors import writer as writer_module
 from swanlab_ray.actors.locks import pid_namespace
-from swanlab_ray.actors.protocol import SCALARS, USER, Goodbye, Hello, Outcome, State, encode_batch
+from swanlab_ray.actors.protocol import SCALARS, USER, Farewell, Goodbye, Hello, Outcome, State, encode_batch
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.writer import RunEnded, Writer
 from swanlab_ray.observer.values import encode
@@ -53,12 +53,13 @@ class Run:
         seq = self.seq[rank] if seq is None else seq
         ack = self.writer.ingest(rank, life, seq, encode_batch([encode(event) for event in events]))
         self.seq[rank] = ack.next_seq
+        assert self.writer._opened.settled(10)
         return ack
 
     def log(self, rank: int, step: int, life: str = "a", **values: Any) -> Any:
         return self.send(rank, (SCALARS, step, time.time_ns(), USER, values), life=life)
 
-    def goodbye(self, rank: int, state: State = "success", error: str | None = None, time_ns: int = 0) -> bool:
+    def goodbye(self, rank: int, state: State = "success", error: str | None = None, time_ns: int = 0) -> Farewell:
         return self.writer.goodbye(
             Goodbye(rank=rank, life="a", state=state, error=error, time_ns=time_ns, logged=0, dropped=0)
         )
@@ -80,8 +81,8 @@ def test_success_only_if_every_rank_finished(tmp_path: Path) -> None:
     run = Run(tmp_path, 2)
     run.hello(0)
     run.hello(1)
-    assert not run.goodbye(0)
-    assert run.goodbye(1)
+    assert not run.goodbye(0).last
+    assert run.goodbye(1).last
     assert run.ended().state == "finished"
 
 
@@ -184,10 +185,12 @@ def test_who_comes_after_the_end_needs_a_new_writer(tmp_path: Path) -> None:
 def test_rejected_values_are_told_once(tmp_path: Path) -> None:
     run = Run(tmp_path, 1)
     run.hello(0)
-    assert run.log(0, 1, note="hi").notices == ["'note' is not logged: str 'hi' is not a number; log numbers."]
-    assert run.log(0, 2, note="hi").notices == []
-    assert run.writer.status().rejected == 2
-    run.goodbye(0)
+    run.log(0, 1, note="hi")
+    sentence = "'note' is not logged: str 'hi' is not a number; log numbers."
+    assert run.log(0, 2, note="hi").notices == [sentence]
+    run.log(0, 3, text="ho")
+    assert run.writer.status().rejected == 3
+    assert run.goodbye(0).notices == ["'text' is not logged: str 'ho' is not a number; log numbers."]
     run.ended()
 
 

@@ -18,9 +18,7 @@ def train_on_one_worker(config: dict) -> None:
             ids = (torch.arange(16) + index) % 64
             return {"input_ids": ids, "labels": ids}
 
-    small = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-    )
+    small = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     args = TrainingArguments(
         output_dir=config["output_dir"],
         max_steps=20,
