@@ -38,12 +38,12 @@ def _never_raises(method: Method) -> Method:
     return guarded  # type: ignore[return-value]
 
 
-class ObserverCallback(TrainerCallback):  # type: ignore[misc]
+class ObserverCallback(TrainerCallback):
     """Reports a Trainer to the run's writer.
 
     Rank 0 sends what the Trainer logs, which is reduced over ranks already, under the names of SwanLab's own callback
-    (``train/loss``, ``eval/loss``), and the configuration. Every rank sends its own ``loss`` and ``step_time`` (seconds,
-    with the wait for data) and its progress.
+    (``train/loss``, ``eval/loss``), and the configuration. Every rank sends its progress, its own ``loss`` and its
+    ``step_time`` (seconds, with the wait for data).
 
     Args:
         settings: see :class:`ObserverSettings`; by default read from the environment.

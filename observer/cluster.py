@@ -239,7 +239,7 @@ def _keeper_environment() -> dict[str, str]:
 
 
 def _authentication() -> dict[str, str]:
-    """A token for this cluster alone, unless the user has decided otherwise or Ray has already read that there is none."""
+    """A token for this cluster alone, unless the user has decided otherwise, or Ray was imported without one."""
     if "RAY_AUTH_MODE" in os.environ:
         return {}
     if "ray" in sys.modules:

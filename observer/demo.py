@@ -37,15 +37,11 @@ def run_demo(settings: ObserverSettings, ranks: int, steps: int, console: Consol
     """
     for module in ("torch", "transformers", "accelerate"):
         if importlib.util.find_spec(module) is None:
-            raise click.ClickException(
-                f"The demo trains with {module}, which is not installed: pip install 'swanlab-ray[demo]'."
-            )
+            raise click.ClickException(f"The demo needs {module}, which is missing: pip install 'swanlab-ray[demo]'.")
     run_id = settings.run_id or fresh_run_id("demo")
     settings.log_dir.mkdir(parents=True, exist_ok=True)
     log_path = settings.log_dir / f"{run_id}.log"
-    console.print(
-        f"Training a small Llama on the source of Python's library: {ranks} ranks, {steps} steps, run {run_id}."
-    )
+    console.print(f"Training a small Llama: {ranks} ranks, {steps} steps, run {run_id}.", soft_wrap=True)
     console.print("Starting torchrun, its ranks and a Ray cluster (about 20 s) ...")
     if running_address() is None:
         start_private(run_id)  # while torch is being imported
@@ -54,7 +50,7 @@ def run_demo(settings: ObserverSettings, ranks: int, steps: int, console: Consol
         code = training.wait()
     if code:
         console.print(f"[red]The training failed (exit code {code}).[/] The end of {log_path}:")
-        console.print("\n".join(log_path.read_text().splitlines()[-20:]), markup=False, highlight=False)
+        console.print("\n".join(log_path.read_text().splitlines()[-60:]), markup=False, highlight=False)
         return code
     if last is None or not last.closed:
         console.print(f"[red]The run was not seen to its end;[/] see {log_path}.")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from time import time_ns
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsIndex
 
 from swanlab_ray.actors.locks import pid_namespace
 from swanlab_ray.actors.protocol import (
@@ -81,7 +81,7 @@ class Observer:
         """The run id; None until the ranks have agreed on it (see :meth:`wait_ready`)."""
         return self._link.run_id
 
-    def log(self, data: Mapping[str, Any], step: int | None = None) -> None:
+    def log(self, data: Mapping[str, Any], step: SupportsIndex | None = None) -> None:
         """Log numbers at a step.
 
         Args:
@@ -103,12 +103,12 @@ class Observer:
         else:
             self._log(data, step, USER)
 
-    def log_job(self, data: Mapping[str, Any], step: int | None = None) -> None:
+    def log_job(self, data: Mapping[str, Any], step: SupportsIndex | None = None) -> None:
         """Log numbers that are already reduced over ranks; call it on one rank."""
         self._log(data, step, JOB)
 
-    def log_rank(self, data: Mapping[str, Any], step: int | None = None) -> None:
-        """Log this rank's own measurements: shown over ranks only, as ``ranks/<name>/...`` and ``rank/<rank>/<name>``."""
+    def log_rank(self, data: Mapping[str, Any], step: SupportsIndex | None = None) -> None:
+        """Log this rank's own measurements, shown over ranks only: ``ranks/<name>/...`` and ``rank/<rank>/<name>``."""
         self._log(data, step, RANK)
 
     def _log(self, data: Any, step: Any, scope: int) -> None:
@@ -284,7 +284,7 @@ class DisabledObserver(Observer):
     def run_id(self) -> str | None:
         return self.settings.run_id
 
-    def log(self, data: Mapping[str, Any], step: int | None = None) -> None: ...
+    def log(self, data: Mapping[str, Any], step: SupportsIndex | None = None) -> None: ...
 
     def _log(self, data: Any, step: Any, scope: int) -> None: ...
 

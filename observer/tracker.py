@@ -10,7 +10,7 @@ from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer.session import Observer, connect
 
 
-class ObserverTracker(GeneralTracker):  # type: ignore[misc]
+class ObserverTracker(GeneralTracker):
     """``Accelerator(log_with=ObserverTracker(settings))``, on every rank.
 
     Accelerate calls trackers on the main process only, so ``accelerator.log`` is written as it is. Every rank is

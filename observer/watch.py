@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+from rich import box
 from rich.table import Table
 
 from swanlab_ray.actors.protocol import ACTOR_PREFIX, NAMESPACE, WriterStatus
@@ -61,18 +63,19 @@ class Watcher:
 
 def rank_table(status: WriterStatus) -> Table:
     """A row per rank: where it runs, how far it is, and what became of its events."""
-    table = Table(title=_title(status), title_justify="left", caption_justify="left")
-    for name in ("rank", "host", "device", "state", "step", "step time", "loss", "sent", "received", "dropped"):
-        table.add_column(name, justify="left" if name in ("host", "device", "state") else "right")
+    table = Table(title=_title(status), title_justify="left", caption_justify="left", box=box.ROUNDED, padding=(0, 0))
+    for name in ("rank", "host", "device", "state", "step", "ms/step", "loss", "sent", "received", "dropped"):
+        left = name in ("host", "device", "state")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
     for rank in status.ranks:
         colour = {"running": "cyan", "success": "green"}.get(rank.state, "red")
         table.add_row(
             str(rank.rank),
-            f"{rank.host}:{rank.pid}",
+            rank.host,
             rank.gpu or "CPU",
             f"[{colour}]{rank.state}[/]",
             _of(rank.step, status.max_steps),
-            "-" if rank.step_time is None else f"{rank.step_time * 1e3:.0f} ms",
+            "-" if rank.step_time is None else f"{rank.step_time * 1e3:.0f}",
             "-" if rank.loss is None else f"{rank.loss:.4f}",
             str(rank.logged),
             str(rank.received),
@@ -87,8 +90,6 @@ def rank_table(status: WriterStatus) -> Table:
 
 def as_json(status: WriterStatus) -> Any:
     """The status as plain values, for ``--json``."""
-    import msgspec
-
     return msgspec.to_builtins(status)
 
 

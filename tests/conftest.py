@@ -49,7 +49,8 @@ def ray_cluster() -> Iterator[SharedCluster]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert holder.stdin and holder.stdout
+    assert holder.stdin is not None
+    assert holder.stdout is not None
     address, dashboard, session_dir = holder.stdout.readline().split()
     yield SharedCluster(address, f"http://{dashboard}", Path(session_dir))
     holder.stdin.close()

@@ -120,7 +120,7 @@ def test_auto_find_batch_size_is_one_run_that_succeeds(settings: ObserverSetting
 
     failures = []
 
-    class Greedy(Trainer):  # type: ignore[misc]
+    class Greedy(Trainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             if self._train_batch_size > 4 and self.state.global_step == 1:
                 failures.append(self._train_batch_size)
@@ -136,7 +136,7 @@ def test_auto_find_batch_size_is_one_run_that_succeeds(settings: ObserverSetting
 
 
 def test_exception_is_the_result_and_passes_through(settings: ObserverSettings, tmp_path: Path) -> None:
-    class Broken(Trainer):  # type: ignore[misc]
+    class Broken(Trainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             if self.state.global_step == 2:
                 raise ValueError("a bad batch")

@@ -28,7 +28,8 @@ TRAIN = """
             observer.log({"loss": loss}, step)
             if step == 5:
                 observer.flush()
-                (keeper,) = [p for p in psutil.process_iter(["cmdline"]) if observer.run_id in (p.info["cmdline"] or [""])[-1]]
+                processes = psutil.process_iter(["cmdline"])
+                (keeper,) = [p for p in processes if observer.run_id in (p.info["cmdline"] or [""])[-1]]
                 for child in keeper.children(recursive=True):
                     if child.name() in os.environ["KILL"].split(",") or os.environ["KILL"] == "all":
                         child.kill()

@@ -67,7 +67,7 @@ def test_ranks_agree_through_the_agent_s_store_and_jobs_do_not() -> None:
     from torch.distributed import TCPStore
 
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2)]
-    ids = []
+    ids: list[str] = []
     for store in stores:
         env = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
         env["MASTER_PORT"] = str(store.port)

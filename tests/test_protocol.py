@@ -48,7 +48,7 @@ def test_nan_and_infinity_stay_in_the_record() -> None:
 
 
 def test_nested_mappings_are_joined() -> None:
-    assert through({"a": {"b": 1, "c": {"d": 2.5}}, 7: 1})[0] == {"a/b": 1.0, "a/c/d": 2.5, "7": 1.0}
+    assert through({"a": {"b": 1, "c": {"d": 2.5}}, "7": 1})[0] == {"a/b": 1.0, "a/c/d": 2.5, "7": 1.0}
 
 
 def test_none_strings_and_lists_are_rejected_by_name_and_siblings_stay() -> None:

@@ -6,7 +6,6 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +59,10 @@ class Run:
         return self.send(rank, (SCALARS, step, time.time_ns(), USER, values), life=life)
 
     def goodbye(self, rank: int, state: State = "success", error: str | None = None, time_ns: int = 0) -> Farewell:
-        return self.writer.goodbye(
+        farewell: Farewell = self.writer.goodbye(
             Goodbye(rank=rank, life="a", state=state, error=error, time_ns=time_ns, logged=0, dropped=0)
         )
+        return farewell
 
     def ended(self) -> RunFile:
         wait_until(lambda: self.writer.status().closed)
@@ -70,11 +70,10 @@ class Run:
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """These writers are no actors: they have nothing to end."""
-    monkeypatch.setattr(writer_module.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr(writer_module, "LINGER_S", 0.0)
-    yield
 
 
 def test_success_only_if_every_rank_finished(tmp_path: Path) -> None:
@@ -155,8 +154,8 @@ def test_a_wrong_world_size_is_said_to_the_rank(tmp_path: Path) -> None:
     run.hello(0)
     welcome = run.hello(1, world_size=2)
     assert welcome.notices == [
-        "Rank 1 says the world size is 2, but the run began with 4: check RANK and WORLD_SIZE, or give each job its own "
-        "OBSERVER_RUN_ID."
+        "Rank 1 says the world size is 2, but the run began with 4: check RANK and WORLD_SIZE, or give each job its "
+        "own OBSERVER_RUN_ID."
     ]
     run.goodbye(0)
     run.goodbye(1)

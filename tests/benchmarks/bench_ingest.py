@@ -48,7 +48,8 @@ def rate(worker: Any, calls: int, number: int) -> float:
     spans = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    return PROCESSES * calls / (max(end for _, end in spans) - min(begin for begin, _ in spans))
+    took: float = max(end for _, end in spans) - min(begin for begin, _ in spans)
+    return PROCESSES * calls / took
 
 
 def naive(rank: int, calls: int, number: int, barrier: Any, results: Any) -> None:

@@ -49,9 +49,7 @@ def main() -> None:
     spread = statistics.stdev(medians[False])
     steps = BLOCKS * STEPS
     per_step = sum(inside) / steps
-    print(
-        f"step without {without * 1e3:.1f} ms, with {with_observer * 1e3:.1f} ms; spread between blocks {spread * 1e3:.1f} ms"
-    )
+    print(f"step without {without * 1e3:.1f} ms, with {with_observer * 1e3:.1f} ms, spread {spread * 1e3:.1f} ms")
     print(f"inside the callback {per_step * 1e6:.0f} us a step: {per_step / REAL_STEP_S:.3%} of a 200 ms step")
     observer.finish()
 
@@ -59,7 +57,7 @@ def main() -> None:
 def _clock(times: list[float]) -> Any:
     from transformers import TrainerCallback
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.last = 0.0
 
