@@ -194,7 +194,7 @@ class Channel:
                         pause = RETRY_S[0]
                     if self._turn():
                         break
-                    if self._goodbye is None:
+                    if self._goodbye is None and not self._unsent:
                         self._wake.wait(self._interval)
                         self._wake.clear()
                 except LinkBroken as error:
@@ -220,7 +220,8 @@ class Channel:
         finishing = self._goodbye is not None
         self._collect()
         self._fill_window()
-        self._read_acknowledgements(wait=0.1 if finishing else 0.0)
+        # With more to send than the window takes, what there is to wait for is an acknowledgement.
+        self._read_acknowledgements(wait=0.1 if finishing or self._unsent else 0.0)
         self._fill_window()
         self._show_life()
         if not finishing:

@@ -15,7 +15,7 @@ from typing import Any
 
 PROCESSES = 4
 NAIVE_CALLS = 2_000
-OUR_CALLS = 100_000
+OUR_CALLS = 200_000
 ROUNDS = 3
 DATA = {"loss": 0.5, "grad_norm": 1.5, "lr": 1e-4}
 

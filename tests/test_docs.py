@@ -1,0 +1,58 @@
+"""The documents say what the code says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import AliasChoices
+
+from swanlab_ray.actors.settings import ObserverSettings
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "cluster_configs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_every_setting_is_documented_with_its_variables_and_default() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([^|]*) \| [^|]* \| ([^|]*) \|", (ROOT / "docs" / "settings.md").read_text(), re.M
+    )
+    documented = {name: (variables, default.strip().strip("`")) for name, variables, default in rows}
+    assert list(documented) == list(ObserverSettings.model_fields)
+    for name, field in ObserverSettings.model_fields.items():
+        variables, default = documented[name]
+        assert isinstance(field.validation_alias, AliasChoices)
+        named = re.findall(r"`(\w+)`", variables)
+        assert named == [alias for alias in field.validation_alias.choices if alias != name][: len(named)]
+        if name == "log_dir":
+            continue
+        assert default == ("" if field.default is None else str(field.default).lower().removesuffix(".0"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_are_python(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        compile(block, str(page), "exec")
+
+
+def test_commands_exist() -> None:
+    """Every ``swanlab-ray`` command, ``make`` target and module that the documents name."""
+    from swanlab_ray.observer.cli import main
+
+    makefile = (ROOT / "Makefile").read_text()
+    for page in PAGES:
+        code = re.findall(r"`([^`\n]+)`", page.read_text()) + re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
+        for text in code:
+            for command in re.findall(r"^swanlab-ray (\w+)", text, re.M):
+                assert command in main.commands or command == "sync", command
+            for target in re.findall(r"^make (\w+)", text, re.M):
+                assert re.search(rf"^{target}:", makefile, re.M), target
+            for module in re.findall(r"python -m (tests\.[\w.]+)", text):
+                assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
