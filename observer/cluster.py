@@ -94,7 +94,9 @@ def attach_watcher(run_id: str | None) -> Cluster:
         NoCluster: there is none, or several private ones and no run id to tell which.
     """
     set_environment()
-    private = [path.parent.name for path in sorted(private_root().glob("*/cluster"))]
+    private = [
+        path.parent.name for path in sorted(private_root().glob("*/cluster")) if _answers(_described(path)["address"])
+    ]
     if run_id is None:
         address = running_address()
         if address is None and not private:
@@ -112,7 +114,7 @@ def attach_watcher(run_id: str | None) -> Cluster:
 
 
 def _private_address(directory: Path) -> str:
-    described: dict[str, Any] = json.loads((directory / "cluster").read_text())
+    described = _described(directory / "cluster")
     os.environ.update(described["environment"])  # before Ray is imported, which reads it only then
     return str(described["address"])
 
@@ -180,6 +182,11 @@ def _join(address: str, life_lock: str | None = None) -> Cluster:
         except Exception as error:
             raise NoCluster(f"The Ray cluster at '{address}' refused this process: {_brief(error)}") from error
     return Cluster(address, ours=True, life_lock=life_lock)
+
+
+def _described(file: Path) -> dict[str, Any]:
+    described: dict[str, Any] = json.loads(file.read_text())
+    return described
 
 
 def start_private(run_id: str) -> Path:

@@ -25,6 +25,7 @@ AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
 def keep(directory: Path) -> None:
     """Start the cluster, publish its address in ``directory/cluster``, wait until it is unused, end it."""
+    _sweep(directory.parent)
     # The actor's log is looked at while it runs.
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     import ray
@@ -61,6 +62,15 @@ def keep(directory: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _sweep(root: Path) -> None:
+    """Remove what keepers that were killed have left behind."""
+    for path in root.iterdir():
+        pid = (path / "starting").read_text() if (path / "starting").exists() else path.name.lstrip("r")
+        gone = pid.isdigit() and not Path(f"/proc/{pid}").exists()
+        if gone and nobody_holds(str(path / "alive")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _wait_until_unused(alive: Path) -> None:
     unused_since: float | None = None
     while True:
@@ -80,6 +90,7 @@ def main() -> None:
     try:
         keep(directory)
     except BaseException:
+        _sweep(directory.parent)
         # The ranks may try again; keeper.log stays for whoever looks into it.
         (directory / "starting").unlink(missing_ok=True)
         raise

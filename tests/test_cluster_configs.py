@@ -40,7 +40,7 @@ def test_long_options_exist(script: Path) -> None:
 def test_ray_cluster_is_valid() -> None:
     """By Ray's own schema, with its defaults filled in as ``ray up`` does."""
     import ray.autoscaler
-    from jsonschema import validate
+    from jsonschema import validate  # type: ignore[import-untyped]
 
     config = yaml.safe_load((CONFIGS / "ray" / "cluster.yaml").read_text())
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
