@@ -56,7 +56,7 @@ class ObserverSettings(BaseSettings):
     experiment_name: str | None = Field(
         default=None, min_length=1, max_length=512, validation_alias=_env("experiment_name", "SWANLAB_EXP_NAME")
     )
-    """Experiment name; SwanLab makes one up where there is none."""
+    """Experiment name; the run id where there is none."""
 
     description: str | None = Field(
         default=None, min_length=1, max_length=1024, validation_alias=_env("description", "SWANLAB_DESCRIPTION")

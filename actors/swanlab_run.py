@@ -133,7 +133,7 @@ class SwanLabRun:
             log_dir=Path(ours.log_dir),
             interactive=False,
             project=Settings.Project(name=ours.project, workspace=ours.workspace),
-            experiment=Settings.Experiment(name=ours.experiment_name, description=ours.description),
+            experiment=Settings.Experiment(name=ours.experiment_name or self._run_id, description=ours.description),
             run=Settings.Run(id=self._run_id, resume="allow"),
             # The monitor thread writes into the run file without a lock and damages it; it would also describe the
             # writer's machine, not the machines that train.

@@ -10,7 +10,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Mapping
-from time import time_ns
+from time import monotonic, time_ns
 from types import TracebackType
 from typing import Any, SupportsIndex
 
@@ -39,6 +39,9 @@ from swanlab_ray.observer.values import OnDevice, encode, salvage
 FINISH_TIMEOUT_S = 90.0
 """How long ``finish()`` takes at most: SwanLab gets 60 s to close, the rest is for sending."""
 STRICT_CONNECT_S = 120.0
+"""How long ``connect()`` waits for the writer under ``strict=True``: a cluster may have to be started."""
+STRICT_RETRY_S = 5.0
+"""The same once there was an error."""
 _SECRET_NAME = re.compile(r"(api_?key|secret|passw(or)?d|webhook|credential|(hub|auth|access|hf|api)_token)", re.I)
 
 
@@ -180,6 +183,19 @@ class Observer:
     def wait_ready(self, timeout: float) -> bool:
         """Wait until the writer has welcomed this rank."""
         return self._channel.ready.wait(timeout)
+
+    def require_ready(self) -> None:
+        """Wait for the writer's welcome.
+
+        Raises:
+            ConnectionError: the writer cannot be reached; the observer is finished then.
+        """
+        began = monotonic()
+        while not self.wait_ready(0.1):
+            waited = monotonic() - began
+            if waited > STRICT_CONNECT_S or (self._channel.last_error and waited > STRICT_RETRY_S):
+                self.finish("aborted", "never connected", timeout=0.1)
+                raise ConnectionError(f"The writer cannot be reached: {self._channel.last_error}")
 
     def flush(self, timeout: float = 10.0) -> bool:
         """Wait until the writer has everything logged so far; False after ``timeout`` seconds."""
@@ -339,8 +355,8 @@ def connect(settings: ObserverSettings | None = None, **overrides: Any) -> Obser
     check_writable(settings.log_dir)
     check_run_id(settings, identity)
     _current = Observer(settings, identity, RayLink(settings, identity))
-    if settings.strict and not _current.wait_ready(STRICT_CONNECT_S):
-        raise ConnectionError(f"The writer cannot be reached: {_current._channel.last_error}")
+    if settings.strict:
+        _current.require_ready()
     return _current
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,39 @@ def test_unreachable_cluster_is_said_once(launch: Launch) -> None:
     assert done.output.count("RAY_ADDRESS='127.0.0.1:1' cannot be reached") == 2  # while it tries, and at the end
     assert "1 events of this rank did not reach the writer" in done.output
     assert "complete False" in done.output
+
+
+def test_strict_raises_when_nobody_can_be_reached(launch: Launch) -> None:
+    """Who asked for strictness gets an exception at the start, not an unobserved training."""
+    done = launch(
+        """
+        from swanlab_ray.observer import connect
+        connect(strict=True)
+        print("not reached")
+        """,
+        ranks=0,
+        RAY_ADDRESS="127.0.0.1:1",
+    ).wait()
+    assert done.code == 1
+    assert "ConnectionError: The writer cannot be reached: The Ray cluster at RAY_ADDRESS='127.0.0.1:1'" in done.output
+    assert "not reached" not in done.output
+
+
+def test_ray_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from swanlab_ray.observer import cluster
+
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(cluster.NoCluster, match=r"^Ray is not installed: pip install 'ray>=2.50'\.$"):
+        cluster.attach("run", nodes=1)
+
+
+def test_several_machines_without_a_cluster_are_told_what_to_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from swanlab_ray.observer import cluster
+
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)  # other tests have initialised it
+    with pytest.raises(cluster.NoCluster, match=r"the job runs on 2 machines: start one \(ray start --head"):
+        cluster.attach("run", nodes=2)
