@@ -21,6 +21,8 @@ DEADLINE_S = 30.0
 """How long a step waits for a rank that is there but silent about it."""
 JOIN_DEADLINE_S = 120.0
 """The same while ranks have not said hello yet: the first import of a large job is slow."""
+WAITING_STEPS = 10_000
+"""Steps that may wait for a rank; beyond that the one that came first is written with what is there."""
 CLOSED_STEPS_KEPT = 10_000
 """Steps remembered as written, to tell a late value from a new step."""
 
@@ -83,6 +85,8 @@ class Aggregator:
             return
         row = self._rows.get(step)
         if row is None:
+            if len(self._rows) >= WAITING_STEPS:
+                self._close(next(iter(self._rows)))
             row = self._rows[step] = _Row(since=now)
         everyone = len(self._reached)
         for name, value in scalars.values.items():
@@ -95,7 +99,8 @@ class Aggregator:
                 waiting = row.names[name] = _Waiting(scalars.scope, scalars.time_ns)
             waiting.by_rank[rank] = value
             waiting.time_ns = max(waiting.time_ns, scalars.time_ns)
-            if len(waiting.by_rank) >= everyone and not self._missing_ranks:
+            complete = len(waiting.by_rank) >= everyone and self._reached.keys() <= waiting.by_rank.keys()
+            if complete and not self._missing_ranks:
                 self._write(step, name, row.names.pop(name))
                 row.written.add(name)
 
@@ -157,7 +162,7 @@ def over_ranks(by_rank: dict[int, float]) -> dict[str, float]:
         return {"mean": math.nan, "nonfinite": float(bad)}
     count = len(finite)
     reduced = {
-        "mean": math.fsum(value for value, _ in finite) / count,
+        "mean": sum(value / count for value, _ in finite),
         "min": finite[0][0],
         "max": finite[-1][0],
         "p95": finite[math.ceil(0.95 * count) - 1][0],

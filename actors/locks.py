@@ -31,8 +31,10 @@ def nobody_holds(path: str) -> bool:
 
 def pid_namespace() -> str:
     """Identifies the machine and container whose process ids this process sees."""
-    host = os.uname().nodename
     try:
-        return f"{host}:{os.readlink('/proc/self/ns/pid')}"
+        with open(
+            "/proc/sys/kernel/random/boot_id"
+        ) as boot:  # the namespace alone has the same number on every machine
+            return f"{boot.read().strip()}:{os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return f"{host}:{os.getpid()}"
+        return f"{os.uname().nodename}:{os.getpid()}"

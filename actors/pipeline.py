@@ -40,8 +40,9 @@ class RankView:
 class Pipeline:
     """Works off what the ranks sent and writes it to the one SwanLab run, which it opens."""
 
-    def __init__(self, settings: ObserverSettings, run_id: str) -> None:
-        self.run = SwanLabRun(settings, run_id)
+    def __init__(self, settings: ObserverSettings, run_id: str, notices: list[str]) -> None:
+        self.run = SwanLabRun(settings, run_id, notices)
+        self.notices = notices
         self.ranks: dict[int, RankView] = {}
         self.job = Progress(0, 0)
         self.loss: float | None = None
@@ -49,7 +50,6 @@ class Pipeline:
         self.received = 0
         self.rejected = 0
         self.dropped = 0
-        self.notices: list[str] = []
         self._rejected_keys: set[str] = set()
         self._aggregator = Aggregator(self.run.write, settings.rank_series)
         self._queue: SimpleQueue[tuple[float, int, Callable[[], None]]] = SimpleQueue()
@@ -107,20 +107,30 @@ class Pipeline:
     def _work(self) -> None:
         next_tick = 0.0
         while not self._ended:
+            size = 0
             try:
                 self._oldest, size, work = self._queue.get(timeout=TICK_S)
                 work()
-                self._backlog -= size
             except Empty:
                 pass
-            except Exception:  # one bad batch must not end the run
-                self.notices.append("A batch could not be read; see the writer's log.")
-                stderr(traceback.format_exc())
+            except Exception:
+                self._excuse()
+            self._backlog -= size
             self._oldest = None
             now = time.monotonic()
             if now >= next_tick:
-                self._aggregator.tick(now)
                 next_tick = now + TICK_S
+                try:
+                    self._aggregator.tick(now)
+                except Exception:
+                    self._excuse()
+
+    def _excuse(self) -> None:
+        """Say that something could not be worked off; one bad value must not end the run."""
+        stderr(traceback.format_exc())
+        sentence = "Some values could not be written; see the writer's log."
+        if sentence not in self.notices:
+            self.notices.append(sentence)
 
     def _take(self, rank: int, batch: bytes) -> None:
         view = self.ranks[rank]

@@ -19,6 +19,8 @@ ACTOR_PREFIX = "swanlab-writer:"
 State = Literal["success", "crashed", "aborted"]
 """How a rank, and a run, can end: the words SwanLab uses."""
 
+BEAT_S = 2.0
+"""Seconds between two signs of life of a rank."""
 EVENTS_PER_BATCH = 8192
 BATCH_BYTES = 1 << 20
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,18 @@ FINISH_DEADLINE_S = 60.0
 class SwanLabRun:
     """Hands rows to SwanLab from a thread of its own, so that a slow SwanLab never holds up the ranks.
 
-    Opening fails in cloud mode without a key or a network. Then the run is kept offline, a notice says so, and the
-    printed ``swanlab sync`` command uploads it.
+    ``notices`` gets sentences for the user. Opening fails in cloud mode without a key or a network; then the run is
+    kept offline, and a notice says so and how to upload it.
     """
 
-    def __init__(self, settings: ObserverSettings, run_id: str) -> None:
+    def __init__(self, settings: ObserverSettings, run_id: str, notices: list[str]) -> None:
         self._settings = settings
         self._run_id = run_id
         self._run: Any = None
         self._rows: deque[tuple[int, int, dict[str, float]]] = deque()
         self._configs: deque[dict[str, Any]] = deque()
         self._waiting = 0  # scalars in _rows
+        self._failed = False
         self._ending = threading.Event()
         self._wake = threading.Event()
         self._end: tuple[State, str | None] = ("success", None)
@@ -42,7 +44,7 @@ class SwanLabRun:
         self.mode = settings.mode
         self.run_dir: str | None = None
         self.url: str | None = None
-        self.notices: list[str] = []
+        self.notices = notices
         self.written = 0
         self.thinned = 0
         self.withheld = 0
@@ -51,7 +53,7 @@ class SwanLabRun:
 
     def write(self, step: int, time_ns: int, values: dict[str, float]) -> None:
         """Queue a row. ``time_ns`` is the original Unix time in nanoseconds. Never blocks."""
-        if self._waiting + len(values) > QUEUE_SCALARS or self.closed.is_set():
+        if self._waiting + len(values) > QUEUE_SCALARS or self._failed:
             self.thinned += len(values)
             return
         self._waiting += len(values)
@@ -85,10 +87,11 @@ class SwanLabRun:
             self._close()
         except Exception as error:  # the writer must go on answering the ranks
             self.notices.append(f"SwanLab stopped taking data: {_brief(error)}. The rest of this run is not in it.")
+            self._failed = True
+            self._ending.wait()
+            self._close()
         finally:
             self.thinned += self._waiting
-            self._waiting = 0
-            self._rows.clear()
             self.closed.set()
 
     def _open(self) -> Any:
@@ -169,6 +172,8 @@ class SwanLabRun:
             raise RuntimeError("its consumer thread has ended (the dashboard's Stop button does that)")
 
     def _close(self) -> None:
+        if self._run is None:
+            return
         state, error = self._end
         closing = threading.Thread(target=self._run.finish, args=(state, error), name="swanlab-finish", daemon=True)
         closing.start()
@@ -197,5 +202,6 @@ def _brief(error: BaseException) -> str:
 
 def stderr(line: str) -> None:
     """The actor's log tab: what people see first in the Ray dashboard."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # a full disk
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()

@@ -18,6 +18,7 @@ from swanlab_ray.actors.locks import hold_lock, pid_namespace
 from swanlab_ray.actors.pipeline import Pipeline, RankView
 from swanlab_ray.actors.protocol import (
     ACTOR_PREFIX,
+    BEAT_S,
     NAMESPACE,
     Ack,
     Beat,
@@ -43,6 +44,8 @@ SMALL_BACKLOG_BYTES = 1 << 20
 SETTLE_S = 1.0
 FAILED_RANK_GRACE_S = 15.0
 """Once one rank has failed, silence this long means that its peers went with it."""
+CLOSE_DEADLINE_S = 300.0
+"""How long the actor stays at the most to work off what was acknowledged and to close the run."""
 LINGER_S = 3.0
 """How long the actor stays after the end, so that whoever watches reads the final counts."""
 
@@ -84,7 +87,7 @@ class Writer:
         self._ranks: dict[int, _Rank] = {}
         self._world_size = 0
         self._pipeline: Pipeline | None = None  # opened with the first rank
-        self._notices: list[str] = []
+        self._notices: list[str] = []  # shared with the pipeline and the SwanLab run, which only append
         self._told = 0  # of the run's notices, how many rank 0 has seen
         self._end: tuple[State, str | None] | None = None
         self._born = time.monotonic()
@@ -107,18 +110,19 @@ class Writer:
             if self._end is not None:
                 raise RunEnded(self._run_id)
             if self._pipeline is None:
-                self._pipeline = Pipeline(self._settings, self._run_id)
+                self._pipeline = Pipeline(self._settings, self._run_id, self._notices)
                 self._world_size = hello.world_size
             known = self._ranks.get(hello.rank)
             if known is None or known.hello.life != hello.life:
                 known = self._arrive(hello, known)
             elif known.state == "lost":
                 known.state = "running"
-            known.heard = time.monotonic()
+            known.hello, known.heard = hello, time.monotonic()
             if hello.next_seq > known.next_seq:
-                # An earlier incarnation of this writer acknowledged these and took them with it.
+                # An earlier incarnation of this writer acknowledged these.
                 self._notice(
-                    f"{hello.next_seq - known.next_seq} batches of rank {hello.rank} were lost with an earlier writer."
+                    f"{hello.next_seq - known.next_seq} batches of rank {hello.rank} went to a writer that is gone: "
+                    "what it had not written yet is lost."
                 )
                 known.next_seq = hello.next_seq
             self._members_changed()
@@ -131,7 +135,7 @@ class Writer:
     def _arrive(self, hello: Hello, earlier: _Rank | None) -> _Rank:
         pipeline = self._opened
         pipeline.restart_rank(hello.rank)
-        rank = _Rank(hello, time.monotonic(), hello.next_seq, pipeline.ranks[hello.rank])
+        rank = _Rank(hello, time.monotonic(), 0, pipeline.ranks[hello.rank])
         if earlier is not None:
             rank.view.received, rank.dropped = earlier.view.received, earlier.dropped
             if earlier.state == "running" and self._alive(earlier) is not False:
@@ -247,7 +251,7 @@ class Writer:
             lag=pipeline.lag() if pipeline else 0.0,
             run_dir=run.run_dir if run else None,
             url=run.url if run else None,
-            notices=self._notices + (pipeline.notices + pipeline.run.notices if pipeline else []),
+            notices=list(self._notices),
         )
 
     @staticmethod
@@ -277,10 +281,9 @@ class Writer:
             with self._lock:
                 self._notice_lost_ranks(now)
                 self._maybe_end()
-                line = status_line(self._status()) if now >= next_line else None
                 ended = self._end is not None
-            if line:
-                stderr(line)
+            if now >= next_line:
+                stderr(status_line(self.status()))
                 next_line = now + STATUS_LINE_S
             if ended:
                 self._leave()
@@ -292,10 +295,12 @@ class Writer:
         for number, rank in self._ranks.items():
             if rank.state != "running":
                 continue
-            gone = self._alive(rank) is False and now - rank.heard > 2.0
-            if gone or now - rank.heard > timeout:
+            silent = now - rank.heard
+            gone = silent > 2 * BEAT_S and self._alive(rank) is False
+            if (gone or silent > timeout) and not self._opened.backlog:
                 rank.state = "lost"
-                rank.ended_ns = time.time_ns()
+                # It was heard every BEAT_S at least, so it fell about then; its peers' errors came of it.
+                rank.ended_ns = time.time_ns() - int((silent - BEAT_S / 2) * 1e9)
                 rank.error = "its process is gone (killed?)" if gone else f"no sign of life for {timeout:.0f} s"
                 outcome = rank.view.outcome
                 if outcome is not None and outcome.state is not None:
@@ -337,7 +342,8 @@ class Writer:
             first = bad[0]
             where = f"rank {first.hello.rank} ({first.hello.host}, pid {first.hello.pid})"
             if first.state == "lost":
-                return "crashed", f"{where} was lost: {first.error}"
+                also = ", ".join(str(r.hello.rank) for r in bad[1:] if r.state == "lost")
+                return "crashed", f"{where} was lost: {first.error}" + (f"; then lost: rank {also}" if also else "")
             state: State = "aborted" if first.state == "aborted" else "crashed"
             return state, f"{where}: {first.error or first.state}"
         absent = sorted(set(range(self._world_size)) - set(self._ranks))
@@ -349,7 +355,7 @@ class Writer:
     def _leave(self) -> None:
         """Close SwanLab's run, let watchers read the end, and end this actor for good."""
         if self._pipeline is not None:
-            self._pipeline.run.closed.wait()
+            self._pipeline.run.closed.wait(CLOSE_DEADLINE_S)
             stderr(status_line(self.status()))
             time.sleep(LINGER_S)
         if ray.is_initialized():
@@ -378,9 +384,9 @@ class Writer:
         notices, rank.view.notices = rank.view.notices, []
         if rank.hello.rank == 0:
             # What concerns the whole run is told once, on rank 0.
-            of_run = self._opened.run.notices
-            notices = notices + of_run[self._told :]
-            self._told = len(of_run)
+            of_run = self._notices[self._told :]
+            self._told += len(of_run)
+            notices = notices + of_run
         return notices
 
 

@@ -57,18 +57,19 @@ class ObserverCallback(TrainerCallback):
         self.settings = settings if settings is not None else ObserverSettings(**overrides)
         self.observer: Observer | None = None
         self._said: set[str] = set()
+        self._trainers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._trainer: weakref.ref[Any] | None = None
         self._training = False
         self._offset = 0  # steps of trainings that this process has done before
-        self._last_step = 0
         self._mark = 0.0
         self._loss: Any = None
         self._configured = False
 
     def attach(self, trainer: Any) -> ObserverCallback:
         """Watch a trainer. Only needed for one that was made before this callback was added to it."""
-        if self._trainer is None or self._trainer() is not trainer:
-            self._trainer = weakref.ref(trainer)
+        self._trainer = weakref.ref(trainer)
+        if trainer not in self._trainers:
+            self._trainers.add(trainer)
             trainer.train = self._watch_train(trainer.train)
             trainer.training_step = self._watch_training_step(trainer.training_step)
         return self
@@ -93,12 +94,12 @@ class ObserverCallback(TrainerCallback):
         if state.global_step == 0:
             # Trained again from the start (a second train(), a smaller batch size after running out of memory): the
             # steps go on after the last one, since SwanLab keeps the first value of a step.
-            self._offset = self._last_step
+            self._offset = observer.trained_steps
         observer.set_result(None)
-        self._configure(observer, args, state, kwargs.get("model"))
         self._loss = None
         self._mark = time.perf_counter()
         self._tell_progress(state)
+        self._configure(observer, args, state, kwargs.get("model"))
 
     @_never_raises
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -111,7 +112,7 @@ class ObserverCallback(TrainerCallback):
         if self._loss is not None:
             measured["loss"], self._loss = self._loss, None
         self._tell_progress(state)
-        observer.log_rank(measured, step=self._last_step)
+        observer.log_rank(measured, step=observer.trained_steps)
 
     @_never_raises
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -170,8 +171,8 @@ class ObserverCallback(TrainerCallback):
 
     def _tell_progress(self, state: Any) -> None:
         assert self.observer is not None
-        self._last_step = self._offset + state.global_step
-        self.observer.progress(self._last_step, self._offset + state.max_steps, state.epoch)
+        step = self.observer.trained_steps = self._offset + state.global_step
+        self.observer.progress(step, self._offset + state.max_steps, state.epoch)
 
     def _configure(self, observer: Observer, args: Any, state: Any, model: Any) -> None:
         if observer.rank == 0 and not self._configured:

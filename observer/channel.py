@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from swanlab_ray.actors.protocol import (
     BATCH_BYTES,
+    BEAT_S,
     EVENTS_PER_BATCH,
     Ack,
     Beat,
@@ -30,6 +31,7 @@ from swanlab_ray.actors.protocol import (
 )
 from swanlab_ray.observer.link import CALL_DEADLINE_S, LinkBroken
 from swanlab_ray.observer.notices import logger, warn_once
+from swanlab_ray.observer.values import Deferred
 
 CAPACITY = 65_536
 """Events the training thread may be ahead of the flusher; the oldest go first and are counted."""
@@ -37,7 +39,6 @@ UNSENT_BYTES = 64 << 20
 """Bytes of events kept while the writer cannot be reached."""
 WINDOW = 4
 FLUSH_INTERVAL_S = 0.2
-BEAT_S = 2.0
 RETRY_S = (0.2, 5.0)
 """First and longest pause between two attempts to connect."""
 UNREACHABLE_S = 20.0
@@ -84,10 +85,6 @@ class _Batch:
     sent: float = 0.0
 
 
-Deferred = Callable[[], bytes]
-"""An event whose values were still on their way from a GPU; calling it waits for them and encodes it."""
-
-
 class Channel:
     """Carries the events of one rank to the writer.
 
@@ -113,6 +110,7 @@ class Channel:
         self._unsent_bytes = 0
         self._window: deque[_Batch] = deque()
         self._in_window = 0  # events in it
+        self._moving = threading.Lock()  # held while events change place, so that counts add up; never by put()
         self._next_seq = 0
         self._acknowledged = 0
         self._dropped = 0
@@ -174,6 +172,10 @@ class Channel:
 
     def statistics(self) -> ChannelStatistics:
         """Counts so far."""
+        with self._moving:
+            return self._statistics()
+
+    def _statistics(self) -> ChannelStatistics:
         waiting = len(self.queue) + len(self._unsent) + self._in_window
         dropped = self._dropped + self._overflowed
         return ChannelStatistics(
@@ -197,12 +199,14 @@ class Channel:
                     if self._goodbye is None and not self._unsent:
                         self._wake.wait(self._interval)
                         self._wake.clear()
-                except LinkBroken as error:
+                except Exception as error:  # a broken link, or anything unforeseen: this thread must not end
                     self._connected = False
                     self._beat = None
-                    self.last_error = str(error)
+                    self.last_error = str(error) if isinstance(error, LinkBroken) else traceback.format_exc()
                     if self._connections == 0:
-                        warn_once("unreachable", f"{error} The training goes on; still trying.")
+                        warn_once("unreachable", f"{self.last_error} The training goes on; still trying.")
+                    else:
+                        warn_once("away", f"The writer is away ({self.last_error}); events are kept until it is back.")
                     if time.monotonic() >= min(self._deadline, self._finishing + UNREACHABLE_S):
                         break
                     self._collect()
@@ -254,34 +258,48 @@ class Channel:
             warn_once(notice, notice)
 
     def _collect(self) -> None:
+        with self._moving:
+            self._take_from_queue()
+        if self._dropped or self._overflowed:
+            warn_once("dropped", "Events are dropped: they are logged faster than they can be sent.")
+
+    def _take_from_queue(self) -> None:
         """Move events out of the training thread's deque, within the byte bound."""
-        events, unsent = self.queue, self._unsent
-        for _ in range(len(events)):
+        unsent = self._unsent
+        for _ in range(len(self.queue)):
             try:
-                event = events.popleft()
+                event = self.queue.popleft()
             except IndexError:  # the training thread has just dropped it
                 break
-            data = event if isinstance(event, bytes) else event()
-            unsent.append(data)
-            self._unsent_bytes += len(data)
+            if isinstance(event, Deferred):
+                try:
+                    if not event.ready():
+                        self.queue.appendleft(event)
+                        break
+                    event = event.encode()
+                except Exception as error:  # the GPU has failed; the rank's own error is still to be sent
+                    self._dropped += 1
+                    warn_once("gpu", f"A value could not be read from the GPU: {error}")
+                    continue
+            unsent.append(event)
+            self._unsent_bytes += len(event)
         while self._unsent_bytes > UNSENT_BYTES:
             self._unsent_bytes -= len(unsent.popleft())
             self._dropped += 1
-        if self._dropped or self._overflowed:
-            warn_once("dropped", "Events are dropped: the writer takes them more slowly than this rank logs them.")
 
     def _fill_window(self) -> None:
         while len(self._window) < WINDOW and self._unsent:
-            events: list[bytes] = []
-            size = 0
-            while self._unsent and len(events) < EVENTS_PER_BATCH and size < BATCH_BYTES:
-                events.append(self._unsent.popleft())
-                size += len(events[-1])
-            self._unsent_bytes -= size
-            batch = _Batch(self._next_seq, len(events), encode_batch(events))
-            self._next_seq += 1
-            self._window.append(batch)
-            self._in_window += batch.events
+            with self._moving:
+                events: list[bytes] = []
+                size = 0
+                while self._unsent and len(events) < EVENTS_PER_BATCH and size < BATCH_BYTES:
+                    events.append(self._unsent.popleft())
+                    size += len(events[-1])
+                self._unsent_bytes -= size
+                batch = _Batch(self._next_seq, len(events), encode_batch(events))
+                self._next_seq += 1
+                self._window.append(batch)
+                self._in_window += batch.events
             self._send(batch)
 
     def _send(self, batch: _Batch) -> None:
@@ -303,9 +321,10 @@ class Channel:
 
     def _forget_until(self, next_seq: int) -> None:
         while self._window and self._window[0].seq < next_seq:
-            events = self._window.popleft().events
-            self._in_window -= events
-            self._acknowledged += events
+            with self._moving:
+                events = self._window.popleft().events
+                self._in_window -= events
+                self._acknowledged += events
 
     def _show_life(self) -> None:
         now = time.monotonic()
@@ -330,20 +349,22 @@ class Channel:
         farewell = self._link.goodbye(message, max(0.5, self._deadline - time.monotonic()))
         self._show(farewell.notices)
         if farewell.last:
-            self.outcome = self._link.wait_closed(self._deadline)
+            with suppress(LinkBroken):  # everything is said; a restarted writer has no use for this rank
+                self.outcome = self._link.wait_closed(self._deadline)
 
     def _out_of_time(self) -> bool:
         return time.monotonic() >= self._deadline
 
     def _give_up(self) -> None:
         """Count what could not be sent."""
-        left = self.statistics().waiting
-        if left:
+        with self._moving:
+            left = self._statistics().waiting
             self._dropped += left
             self.queue.clear()
             self._unsent.clear()
             self._window.clear()
             self._in_window = 0
+        if left:
             reason = self.last_error or "no time left"
             logger.warning("%d events of this rank did not reach the writer: %s", left, reason)
 

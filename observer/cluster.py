@@ -3,7 +3,8 @@
 A cluster that ranks start lives in a directory of its own, named by the run id::
 
     <temp>/swanlab-ray-<uid>/<run id>/
-        starting    lock: who starts it
+        starting    lock: who starts the keeper
+        keeper      lock: held by the keeper, the process that holds the cluster
         alive       lock: held by every rank and by the writer; when nobody holds it any more, the cluster ends
         cluster     its address and token, written when it is up
 """
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swanlab_ray.actors.locks import hold_lock
+from swanlab_ray.actors.locks import hold_lock, nobody_holds
 from swanlab_ray.actors.protocol import NAMESPACE
 from swanlab_ray.observer.exits import run_exit_handler_first
 from swanlab_ray.observer.guards import process_unchanged, set_environment
@@ -54,8 +55,16 @@ def private_directory(run_id: str) -> Path:
 
 
 def private_root() -> Path:
-    """Where such directories lie, of this user only. Short, since Ray's socket paths have 107 bytes at most."""
-    return Path("/tmp") / f"swanlab-ray-{os.getuid()}"
+    """Where such directories lie, of this user only. Short, since Ray's socket paths have 107 bytes at most.
+
+    Raises:
+        NoCluster: somebody else has made it.
+    """
+    root = Path("/tmp") / f"swanlab-ray-{os.getuid()}"
+    root.mkdir(mode=0o700, exist_ok=True)
+    if root.lstat().st_uid != os.getuid() or root.is_symlink() or root.stat().st_mode & 0o077:
+        raise NoCluster(f"{root} is not this user's alone: remove it, or set RAY_ADDRESS to a cluster.")
+    return root
 
 
 def attach(run_id: str, nodes: int) -> Cluster:
@@ -135,7 +144,8 @@ def running_address() -> str | None:
     # Other jobs' private clusters are never noted here, so they are never joined by accident.
     noted = Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray", "ray_current_cluster")
     try:
-        address = noted.read_text().strip()
+        # A cluster that somebody else has noted would get this user's data and API key.
+        address = noted.read_text().strip() if given or noted.stat().st_uid == os.getuid() else ""
     except OSError:
         address = ""
     if address and _answers(address):
@@ -191,13 +201,10 @@ def _described(file: Path) -> dict[str, Any]:
 
 def start_private(run_id: str) -> Path:
     """Start the private cluster of a run unless somebody has; it ends some time after this process. Does not wait."""
-    root, directory = private_root(), private_directory(run_id)
-    root.mkdir(mode=0o700, exist_ok=True)
-    if root.stat().st_uid != os.getuid():
-        raise NoCluster(f"{root} belongs to another user: remove it, or set RAY_ADDRESS to a cluster.")
+    directory = private_directory(run_id)
     directory.mkdir(mode=0o700, exist_ok=True)
     _hold(directory / "alive")
-    _start_once(directory)
+    _start_keeper(directory)
     return directory
 
 
@@ -212,13 +219,13 @@ def _wait_started(directory: Path) -> None:
         time.sleep(0.05)
 
 
-def _start_once(directory: Path) -> None:
-    """Start the keeper of the cluster, unless another rank of this run has."""
-    with open(directory / "starting", "a+") as starting:
+def _start_keeper(directory: Path) -> None:
+    """Start the keeper of the cluster, unless one lives."""
+    with open(directory / "starting", "a") as starting:
         fcntl.lockf(starting, fcntl.LOCK_EX)
-        starting.seek(0)
-        if starting.read().strip():
+        if not nobody_holds(str(directory / "keeper")):
             return
+        (directory / "cluster").unlink(missing_ok=True)  # of a keeper that was killed
         with open(directory / "keeper.log", "ab") as log:
             keeper = subprocess.Popen(
                 [sys.executable, "-m", "swanlab_ray.observer.keeper", str(directory)],
@@ -229,8 +236,8 @@ def _start_once(directory: Path) -> None:
                 # The launcher kills a rank's session; the cluster must outlive the rank that happened to start it.
                 start_new_session=True,
             )
-        starting.write(str(keeper.pid))
-        starting.flush()
+        while nobody_holds(str(directory / "keeper")) and keeper.poll() is None:
+            time.sleep(0.02)
 
 
 def _keeper_environment() -> dict[str, str]:

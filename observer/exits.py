@@ -19,7 +19,7 @@ def describe(error: BaseException) -> tuple[State, str]:
     if isinstance(error, KeyboardInterrupt):
         return "aborted", "KeyboardInterrupt (Ctrl-C)"
     if isinstance(error, SystemExit):
-        return "crashed", f"sys.exit({error.code!r})"
+        return "crashed" if error.code not in (None, 0, False) else "aborted", f"sys.exit({error.code!r})"
     headline = "".join(traceback.format_exception_only(error)).strip()
     trace = "".join(traceback.format_tb(error.__traceback__)).rstrip().splitlines()[-TRACEBACK_LINES:]
     return "crashed", "\n".join([headline, *trace])

@@ -14,8 +14,6 @@ from swanlab_ray.observer.notices import logger
 _ENVIRONMENT = {
     # The C++ core exits a driver 60 s after the GCS is gone; a training must outlive its observer.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "1000000",
-    # After ray.shutdown() any call would silently start a cluster of its own.
-    "RAY_ENABLE_AUTO_CONNECT": "0",
     # Batches travel inside the call, not through the object store: with a dead raylet that would exit the process.
     "RAY_max_direct_call_object_size": str(4 << 20),
     "RAY_task_rpc_inlined_bytes_limit": str(64 << 20),
@@ -43,18 +41,20 @@ def process_unchanged() -> Iterator[None]:
     """Put signal handlers and ``sys.excepthook`` back to what they were before the block.
 
     Handlers are saved and restored with sigaction(2), since Python's ``signal`` works on the main thread only and this
-    runs on the flusher's.
+    runs on the flusher's. What the training itself changes meanwhile stays changed.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     saved = {}
     for number in _SIGNALS:
         action = ctypes.create_string_buffer(256)  # more than struct sigaction on any platform
         if libc.sigaction(int(number), None, action) == 0:
-            saved[number] = action
+            saved[number] = (action, signal.getsignal(number))
     hook = sys.excepthook
     try:
         yield
     finally:
-        for number, action in saved.items():
-            libc.sigaction(int(number), action, None)
-        sys.excepthook = hook
+        for number, (action, handler) in saved.items():
+            if signal.getsignal(number) is handler:
+                libc.sigaction(int(number), action, None)
+        if sys.excepthook.__module__.startswith("ray."):
+            sys.excepthook = hook

@@ -22,13 +22,13 @@ class Identity:
     world_size: int
     local_rank: int
     nodes: int
-    """Machines of the job, as far as the launcher tells; 1 where it does not."""
+    """Machines of the job; as many as processes where the launcher does not tell."""
     in_ray_train: bool = False
 
 
 # Launchers, each with its variables for rank, world size, local rank and local world size.
 _LAUNCHERS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun, accelerate, DeepSpeed
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun, accelerate
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     # The step's variables: a batch script itself has SLURM_NTASKS without being one of these tasks.
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
@@ -52,8 +52,9 @@ def identify(env: Mapping[str, str] = os.environ) -> Identity:
                 raise SettingsError(
                     f"{rank_name}={rank} does not fit {size_name}={size}: ranks go from 0 to {size - 1}."
                 )
-            local_size = re.match(r"\d+", env.get(local_size_name, ""))
-            nodes = -(-size // int(local_size[0])) if local_size and int(local_size[0]) else 1
+            told = env.get(local_size_name) or env.get("LOCAL_SIZE", "")  # LOCAL_SIZE: DeepSpeed's launcher
+            local_size = int(re.match(r"\d*", told)[0] or 1)  # type: ignore[index]
+            nodes = -(-size // max(1, local_size))
             return Identity(rank, size, int(env.get(local_name, "0") or 0), nodes)
     return Identity(0, 1, 0, 1)
 
@@ -103,10 +104,13 @@ def resolve_run_id(settings: ObserverSettings, identity: Identity, env: Mapping[
 
 def gpu_name(local_rank: int, env: Mapping[str, str] = os.environ) -> str | None:
     """Name and index of the GPU this rank trains on, without making a CUDA context."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
+    try:
+        cuda = sys.modules["torch"].cuda
+        if not cuda.is_available():
+            return None
+        index = cuda.current_device() if cuda.is_initialized() else local_rank
+    except (KeyError, AttributeError):  # no torch, or it is just being imported
         return None
-    index = torch.cuda.current_device() if torch.cuda.is_initialized() else local_rank
     visible = [part for part in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
     physical = visible[index] if index < len(visible) else str(index)
     try:

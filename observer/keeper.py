@@ -25,7 +25,7 @@ AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
 def keep(directory: Path) -> None:
     """Start the cluster, publish its address in ``directory/cluster``, wait until it is unused, end it."""
-    _sweep(directory.parent)
+    _sweep(directory)
     # The actor's log is looked at while it runs.
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     import ray
@@ -62,12 +62,15 @@ def keep(directory: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sweep(root: Path) -> None:
+def _sweep(own: Path) -> None:
     """Remove what keepers that were killed have left behind."""
-    for path in root.iterdir():
-        pid = (path / "starting").read_text() if (path / "starting").exists() else path.name.lstrip("r")
-        gone = pid.isdigit() and not Path(f"/proc/{pid}").exists()
-        if gone and nobody_holds(str(path / "alive")):
+    for path in own.parent.iterdir():
+        if path.name.startswith("r") and path.name[1:].isdigit():
+            left = not Path(f"/proc/{path.name[1:]}").exists()
+        else:
+            # Closing a lock file of our own would release it, so our directory is not looked at.
+            left = path != own and nobody_holds(str(path / "keeper")) and nobody_holds(str(path / "alive"))
+        if left:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -77,6 +80,8 @@ def _wait_until_unused(alive: Path) -> None:
         time.sleep(POLL_S)
         if not nobody_holds(str(alive)):
             unused_since = None
+            for file in alive.parent.iterdir():
+                os.utime(file)  # some machines clean /tmp by age
             continue
         unused_since = unused_since or time.monotonic()
         if time.monotonic() - unused_since >= GRACE_S:
@@ -90,7 +95,7 @@ def main() -> None:
     try:
         keep(directory)
     except BaseException:
-        _sweep(directory.parent)
+        _sweep(directory)
         # The ranks may try again; keeper.log stays for whoever looks into it.
         (directory / "starting").unlink(missing_ok=True)
         raise

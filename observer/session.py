@@ -10,6 +10,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from time import monotonic, time_ns
 from types import TracebackType
 from typing import Any, SupportsIndex
@@ -34,7 +35,7 @@ from swanlab_ray.observer.exits import ExitWatch, describe
 from swanlab_ray.observer.identity import Identity, check_run_id, gpu_name, identify
 from swanlab_ray.observer.link import RayLink
 from swanlab_ray.observer.notices import logger, warn_once
-from swanlab_ray.observer.values import OnDevice, encode, salvage
+from swanlab_ray.observer.values import Deferred, HostCopy, encode, salvage
 
 FINISH_TIMEOUT_S = 90.0
 """How long ``finish()`` takes at most: SwanLab gets 60 s to close, the rest is for sending."""
@@ -42,7 +43,13 @@ STRICT_CONNECT_S = 120.0
 """How long ``connect()`` waits for the writer under ``strict=True``: a cluster may have to be started."""
 STRICT_RETRY_S = 5.0
 """The same once there was an error."""
-_SECRET_NAME = re.compile(r"(api_?key|secret|passw(or)?d|webhook|credential|(hub|auth|access|hf|api)_token)", re.I)
+_SECRET_NAME = re.compile(
+    r"(api_?key|private_key|secret|passw(or)?d|webhook|credential|(hub|auth|access|hf|api)_token|^token$)", re.I
+)
+
+
+class _Refused(ValueError):
+    """A whole call cannot be logged. The message says why."""
 
 
 class Observer:
@@ -66,13 +73,15 @@ class Observer:
         self._last_step = -1
         self.result: tuple[State | None, str | None] = (None, None)
         """State and error that the exit of this process will report, unless it brings a worse one."""
+        self.trained_steps = 0
+        """Steps of the trainings of this process, after which a further one goes on; kept by the callbacks."""
         self._finished = False
         self._pid_namespace = pid_namespace()
+        self._watch = ExitWatch(self._at_exit)
         self._channel = Channel(link, self.rank, self._life, self._hello, self._announce)
         self._put = self._channel.put
         self._queue = self._channel.queue
         self._append = self._queue.append
-        self._watch = ExitWatch(self._at_exit)
 
     @property
     def finished(self) -> bool:
@@ -95,7 +104,7 @@ class Observer:
         if type(step) is int and step >= 0 and type(data) is dict:
             try:
                 event = encode((SCALARS, step, time_ns(), USER, data))
-            except (TypeError, OnDevice):
+            except Exception:  # something in it is no number, or lies on a GPU
                 self._log_salvaged(data, step, USER)
                 return
             self._last_step = step
@@ -119,26 +128,28 @@ class Observer:
             if type(step) is not int or step < 0:
                 step = self._checked_step(step)
             event = encode((SCALARS, step, time_ns(), scope, data if type(data) is dict else self._as_dict(data)))
-        except (TypeError, OnDevice):
-            self._log_salvaged(data, step, scope)
-            return
-        except ValueError as error:
+        except _Refused as error:
             self._reject(str(error))
+            return
+        except Exception:
+            self._log_salvaged(data, step, scope)
             return
         self._last_step = step
         self._put(event)
 
     def _log_salvaged(self, data: Mapping[Any, Any], step: int, scope: int) -> None:
-        """The slow path: something in ``data`` is no number, or lies on a GPU."""
+        """The slow path: name what cannot be logged, keep the rest; values on a GPU are read by the flusher."""
         now = time_ns()
-        kept = salvage(data, lambda key, reason: self._reject(f"'{key}' is not logged: {reason}; log numbers.", key))
+        kept = salvage(data, lambda key, reason: self._reject(f"{key!r} is not logged: {reason}; log numbers.", key))
+        try:
+            if any(isinstance(value, HostCopy) for value in kept.values()):
+                self._put(Deferred(kept, lambda values: encode((SCALARS, step, now, scope, values))))
+            elif kept:
+                self._put(encode((SCALARS, step, now, scope, kept)))
+        except Exception as error:  # a step beyond 64 bits
+            self._reject(f"log() at step {step} failed: {error}.")
+            return
         self._last_step = step
-        if any(callable(value) for value in kept.values()):
-            self._put(
-                lambda: encode((SCALARS, step, now, scope, {k: v() if callable(v) else v for k, v in kept.items()}))
-            )
-        elif kept:
-            self._put(encode((SCALARS, step, now, scope, kept)))
 
     def _checked_step(self, step: Any) -> int:
         if step is None:
@@ -146,17 +157,15 @@ class Observer:
         try:
             number = operator.index(step)
         except TypeError:
-            raise ValueError(
-                f"step {step!r} is not a whole number: pass an int of 0 or more, or leave it out."
-            ) from None
+            raise _Refused(f"step {step!r} is not a whole number: pass an int of 0 or more, or leave it out.") from None
         if number < 0:
-            raise ValueError(f"step {number} is negative: pass an int of 0 or more, or leave it out.")
+            raise _Refused(f"step {number} is negative: pass an int of 0 or more, or leave it out.")
         return number
 
     @staticmethod
     def _as_dict(data: Any) -> dict[Any, Any]:
         if not isinstance(data, Mapping):
-            raise ValueError(f"log() takes a dict of names and numbers, not {type(data).__name__} {data!r:.60}.")
+            raise _Refused(f"log() takes a dict of names and numbers, not {type(data).__name__} {data!r:.60}.")
         return dict(data)
 
     def _reject(self, sentence: str, key: str | None = None) -> None:
@@ -173,12 +182,14 @@ class Observer:
 
     def progress(self, step: int, max_steps: int = 0, epoch: float | None = None) -> None:
         """Say how far the training is, for the status; ``max_steps`` 0 where it is not known."""
-        self._put(encode((PROGRESS, step, max_steps, epoch)))
+        with suppress(Exception):
+            self._put(encode((PROGRESS, step, max_steps, epoch)))
 
     def set_result(self, state: State | None, error: str | None = None) -> None:
         """Say how this rank has ended should the process end now; None: it is at work (again)."""
         self.result = (state, error)
-        self._put(encode((OUTCOME, state, error, time_ns())))
+        with suppress(Exception):
+            self._put(encode((OUTCOME, state, error, time_ns())))
 
     def wait_ready(self, timeout: float) -> bool:
         """Wait until the writer has welcomed this rank."""
@@ -294,6 +305,7 @@ class DisabledObserver(Observer):
         self.in_ray_train = identity.in_ray_train
         self.outcome = None
         self.result = (None, None)
+        self.trained_steps = 0
         self._finished = False
 
     @property
@@ -352,7 +364,8 @@ def connect(settings: ObserverSettings | None = None, **overrides: Any) -> Obser
         if settings.mode != "disabled" and "use_swanlab" not in settings.model_fields_set:
             raise SettingsError("No project is set: pass project='my-project' or set SWANLAB_PROJ_NAME.")
         return DisabledObserver(settings, identity)
-    check_writable(settings.log_dir)
+    if identity.nodes == 1 and not identity.in_ray_train and not os.environ.get("RAY_ADDRESS"):
+        check_writable(settings.log_dir)  # elsewhere the writer's machine is another one, and says so itself
     check_run_id(settings, identity)
     _current = Observer(settings, identity, RayLink(settings, identity))
     if settings.strict:
@@ -390,10 +403,10 @@ def _ignore(event: object) -> None:
 
 def _plain(value: Any, name: str = "") -> Any:
     """A copy made of plain types, with secrets masked by their names."""
+    if value and not isinstance(value, bool) and _SECRET_NAME.search(name):
+        return "***"
     if isinstance(value, Mapping):
         return {str(key): _plain(item, str(key)) for key, item in value.items()}
-    if name and isinstance(value, str) and value and _SECRET_NAME.search(name):
-        return "***"
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple, set, frozenset)):

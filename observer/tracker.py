@@ -29,7 +29,7 @@ class ObserverTracker(GeneralTracker):
         self.observer: Observer = connect(settings, **overrides)
         if self.observer.rank != 0:
             # Accelerate never tells this rank that the training has ended; a clean exit means that it has.
-            self.observer.set_result("success")
+            self.observer.result = ("success", None)
 
     @property
     def tracker(self) -> Observer:

@@ -33,7 +33,7 @@ encode = msgspec.msgpack.Encoder(enc_hook=_to_float).encode
 def salvage(data: Mapping[Any, Any], reject: Callable[[str, str], None], prefix: str = "") -> dict[str, Any]:
     """The part of ``data`` that can be written, flat; each other value is named to ``reject(key, reason)``.
 
-    Values on a GPU become callables that wait for their copy (see :func:`copy_to_host`).
+    Values on a GPU become a :class:`HostCopy`.
     """
     kept: dict[str, Any] = {}
     for name, value in data.items():
@@ -44,28 +44,53 @@ def salvage(data: Mapping[Any, Any], reject: Callable[[str, str], None], prefix:
         try:
             if value is None or isinstance(value, (str, bytes)):
                 raise TypeError(f"{'None' if value is None else type(value).__name__} is not a number")
+            key.encode()  # a lone surrogate cannot be sent
             kept[key] = _to_float(value)
         except OnDevice:
-            kept[key] = copy_to_host(value)
-        except TypeError as error:
+            try:
+                kept[key] = HostCopy(value)
+            except Exception:
+                reject(key, f"{type(value).__name__} on a GPU is not a single number")
+        except (TypeError, ValueError) as error:
             reject(key, str(error))
     return kept
 
 
-def copy_to_host(tensor: Any) -> Callable[[], float]:
-    """Start copying a 0-d CUDA tensor to pinned memory; the returned function waits for it and reads it.
+class HostCopy:
+    """A 0-d CUDA tensor on its way to pinned memory.
 
     The copy is queued on the current stream, so a later in-place change of the tensor does not show.
     """
-    import torch
 
-    host = torch.empty((), dtype=torch.float64, pin_memory=True)
-    host.copy_(tensor.detach().reshape(()), non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(tensor.device))
+    def __init__(self, tensor: Any) -> None:
+        import torch
 
-    def read() -> float:
-        copied.synchronize()
-        return float(host)
+        self._host = torch.empty((), dtype=torch.float64, pin_memory=True)
+        self._host.copy_(tensor.detach().reshape(()), non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record(torch.cuda.current_stream(tensor.device))
 
-    return read
+    def ready(self) -> bool:
+        """Whether it has arrived. Never waits for the GPU."""
+        return bool(self._copied.query())
+
+    def read(self) -> float:
+        """The value, once it has arrived."""
+        return float(self._host)
+
+
+class Deferred:
+    """An event with values that are still on their way from a GPU."""
+
+    def __init__(self, values: dict[str, Any], encode_values: Callable[[dict[str, Any]], bytes]) -> None:
+        self._values = values
+        self._encode = encode_values
+
+    def ready(self) -> bool:
+        """Whether all of them have arrived."""
+        return all(value.ready() for value in self._values.values() if isinstance(value, HostCopy))
+
+    def encode(self) -> bytes:
+        """The encoded event, once it is ready."""
+        read = {key: value.read() if isinstance(value, HostCopy) else value for key, value in self._values.items()}
+        return self._encode(read)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from swanlab_ray.actors import aggregate
 from swanlab_ray.actors.aggregate import DEADLINE_S, Aggregator, over_ranks
 from swanlab_ray.actors.protocol import JOB, RANK, USER, Scalars
 
@@ -89,6 +90,28 @@ def test_a_rank_that_ended_is_not_waited_for() -> None:
     written.log(0, 3, x=5.0)
     written.aggregator.tick(0.0)
     assert written.values["x"] == {1: 2.0, 2: 5.0, 3: 5.0}
+
+
+def test_a_rank_that_left_does_not_stand_in_for_one_that_is_there() -> None:
+    written = Written(world=3)
+    written.log(2, 9, x=1.0)
+    written.aggregator.set_ranks({0, 1}, 0)
+    written.log(0, 9, x=1.0)
+    assert not written.values
+    written.log(1, 9, x=100.0)
+    assert written.values["x"] == {9: 34.0}
+
+
+def test_waiting_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregate, "WAITING_STEPS", 10)
+    written = Written(world=2)
+    for step in range(100):
+        written.log(0, step, x=1.0)
+    assert len(written.values["x"]) == 90
+
+
+def test_huge_values_do_not_overflow() -> None:
+    assert over_ranks({0: 1.5e308, 1: 1.5e308})["mean"] == 1.5e308
 
 
 def test_ranks_that_have_not_arrived_are_waited_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from swanlab_ray.actors.protocol import (
 )
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer import channel as channel_module
+from swanlab_ray.observer import session as session_module
 from swanlab_ray.observer.channel import Channel
 from swanlab_ray.observer.identity import Identity
 from swanlab_ray.observer.link import LinkBroken
@@ -214,6 +216,23 @@ def test_a_wrong_step_warns_once_and_raises_when_strict(
     strict.finish()
 
 
+def test_nothing_that_is_logged_raises(link: ShakyLink, observer: Observer) -> None:
+    """Numbers beyond 64 bits, names that cannot be encoded, things that raise when they are read."""
+
+    class Nasty:
+        def __float__(self) -> float:
+            raise RuntimeError("no")
+
+    observer.log({"x": 1, "huge": 2**80, "\ud800": 1, "nasty": Nasty()}, 0)
+    observer.log({"x": 1}, 2**70)
+    observer.log(None)  # type: ignore[arg-type]
+    observer.log({"x": 2}, 1)
+    observer.config({"bad": {1: Nasty()}, "huge": 2**80})
+    observer.progress(2**80)
+    assert observer.finish()
+    assert [event.values for event in link.taken[:2]] == [{"x": 1.0, "huge": float(2**80)}, {"x": 2.0}]
+
+
 def test_numpy_steps_are_steps(link: ShakyLink, observer: Observer) -> None:
     import numpy as np
 
@@ -245,18 +264,42 @@ def test_a_value_on_a_gpu_is_read_by_the_flusher_in_order(
         def __float__(self) -> float:
             raise AssertionError("reading it would wait for the GPU")
 
-    monkeypatch.setattr(values, "copy_to_host", lambda tensor: lambda: 2.5)
+    arrived = threading.Event()
+    broken = ["x"]
+
+    class Copy(values.HostCopy):
+        def __init__(self, tensor: Any) -> None: ...
+
+        def ready(self) -> bool:
+            return arrived.is_set()
+
+        def read(self) -> float:
+            if broken:
+                raise RuntimeError(f"device-side assert {broken.pop()}")
+            return 2.5
+
+    monkeypatch.setattr(values, "HostCopy", Copy)
+    monkeypatch.setattr(session_module, "HostCopy", Copy)
     observer.log({"before": 1}, 0)
-    observer.log({"x": OnGpu(), "y": 1}, 1)
-    observer.log({"after": 1}, 2)
-    assert observer.finish()
+    observer.log({"lost": OnGpu()}, 1)
+    observer.log({"x": OnGpu(), "y": 1}, 2)
+    observer.log({"after": 1}, 3)
+    wait_until(lambda: link.steps() == [0])
+    assert observer.statistics().waiting == 3
+    arrived.set()
+    observer.finish()
     assert [event.values for event in link.taken] == [{"before": 1.0}, {"x": 2.5, "y": 1.0}, {"after": 1.0}]
+    assert observer.statistics().dropped == 1  # the GPU failed while it was read, and the rest went on
 
 
 def test_secrets_in_a_configuration_are_masked(link: ShakyLink, observer: Observer) -> None:
-    observer.config({"hub_token": "s3cret", "nested": {"wandb_api_key": "s3cret"}, "eos_token": "</s>", "n": 1})
+    observer.config({"hub_token": "s3cret", "nested": {"api_key": ["s3cret"]}, "secrets": {"a": "s3cret"}})
+    observer.config({"token": "s3cret", "eos_token": "</s>", "n": 1})
     assert observer.finish()
-    assert link.taken[0].values == {"hub_token": "***", "nested": {"wandb_api_key": "***"}, "eos_token": "</s>", "n": 1}
+    assert [event.values for event in link.taken] == [
+        {"hub_token": "***", "nested": {"api_key": "***"}, "secrets": "***"},
+        {"token": "***", "eos_token": "</s>", "n": 1},
+    ]
 
 
 def test_signs_of_life_carry_the_counts(link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -141,6 +142,29 @@ def test_unreachable_cluster_is_said_once(launch: Launch) -> None:
     assert "complete False" in done.output
 
 
+def test_a_killed_cluster_does_not_block_its_run_id(launch: Launch, tmp_path: Path) -> None:
+    """A requeued job finds what a killed one has left behind, and starts a cluster of its own."""
+    source = """
+        import os, sys
+        import psutil
+        from swanlab_ray.observer import connect
+        observer = connect()
+        assert observer.wait_ready(60)
+        observer.log({"x": 1}, 0)
+        observer.flush()
+        if os.environ.get("KILL"):
+            processes = psutil.process_iter(["cmdline"])
+            (keeper,) = [p for p in processes if observer.run_id in (p.info["cmdline"] or [""])[-1]]
+            for process in [*keeper.children(recursive=True), keeper, psutil.Process()]:
+                process.kill()
+        assert observer.finish()
+    """
+    env = {"RAY_TMPDIR": str(tmp_path), "OBSERVER_RUN_ID": f"requeued-{os.getpid()}"}
+    assert launch(source, ranks=0, KILL="1", **env).wait().code == -9
+    again = launch(source, ranks=0, **env).wait()
+    assert again.code == 0, again.output
+
+
 def test_strict_raises_when_nobody_can_be_reached(launch: Launch) -> None:
     """Who asked for strictness gets an exception at the start, not an unobserved training."""
     done = launch(
@@ -160,7 +184,7 @@ def test_strict_raises_when_nobody_can_be_reached(launch: Launch) -> None:
 def test_ray_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from swanlab_ray.observer import cluster
 
-    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(cluster.NoCluster, match=r"^Ray is not installed: pip install 'ray>=2.50'\.$"):
         cluster.attach("run", nodes=1)
 

@@ -22,6 +22,9 @@ def settings(**values: object) -> ObserverSettings:
           "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, Identity(1, 2, 1, 1)),
         ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"},
          Identity(3, 4, 1, 2)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}, Identity(5, 8, 1, 2)),
+        # Set by hand: it may be eight machines.
+        ({"RANK": "5", "WORLD_SIZE": "8"}, Identity(5, 8, 0, 8)),
         # A batch script is not one of the tasks it will start.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, ONE),
     ],
