@@ -236,7 +236,8 @@ def _start_keeper(directory: Path) -> None:
                 # The launcher kills a rank's session; the cluster must outlive the rank that happened to start it.
                 start_new_session=True,
             )
-        while nobody_holds(str(directory / "keeper")) and keeper.poll() is None:
+        deadline = time.monotonic() + START_DEADLINE_S
+        while nobody_holds(str(directory / "keeper")) and keeper.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
 
 

@@ -69,7 +69,9 @@ def _sweep(own: Path) -> None:
             left = not Path(f"/proc/{path.name[1:]}").exists()
         else:
             # Closing a lock file of our own would release it, so our directory is not looked at.
-            left = path != own and nobody_holds(str(path / "keeper")) and nobody_holds(str(path / "alive"))
+            # A new one is left alone: its first rank may not hold its lock yet.
+            old = path != own and time.time() - path.stat().st_mtime > 60
+            left = old and nobody_holds(str(path / "keeper")) and nobody_holds(str(path / "alive"))
         if left:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -92,13 +94,8 @@ def main() -> None:
     directory = Path(sys.argv[1])
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C is for the training; the cluster ends after it
-    try:
-        keep(directory)
-    except BaseException:
-        _sweep(directory)
-        # The ranks may try again; keeper.log stays for whoever looks into it.
-        (directory / "starting").unlink(missing_ok=True)
-        raise
+    hold_lock(str(directory / "keeper"))
+    keep(directory)
 
 
 if __name__ == "__main__":
