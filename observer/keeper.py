@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from swanlab_ray.actors.locks import nobody_holds
+from swanlab_ray.actors.locks import hold_lock, nobody_holds
 
 GRACE_S = 4.0
 """The lock may be free this long: a restarted writer needs about two seconds."""
