@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -111,6 +112,7 @@ class SwanLabRun:
         except Exception as error:
             if self.mode != "cloud":
                 raise
+            self._remove_failed_start()
             run = swanlab.init(settings=self._swanlab_settings("offline"))
             self.mode = "offline"
             self.notices.append(
@@ -121,6 +123,13 @@ class SwanLabRun:
             self.url = run.url
         self.run_dir = str(run.dir)
         return run
+
+    def _remove_failed_start(self) -> None:
+        """SwanLab leaves an empty run directory behind when it cannot reach its cloud."""
+        mine = f"run-*{self._run_id.replace('-', '_')}*"
+        for path in self._settings.log_dir.glob(mine):
+            if not any(file.stat().st_size for file in path.glob("*.swanlab")):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _swanlab_settings(self, mode: str) -> Any:
         from swanlab import Settings

@@ -351,6 +351,7 @@ class Channel:
         if farewell.last:
             with suppress(LinkBroken):  # everything is said; a restarted writer has no use for this rank
                 self.outcome = self._link.wait_closed(self._deadline)
+                self._show(self.outcome.notices if self.outcome else [])
 
     def _out_of_time(self) -> bool:
         return time.monotonic() >= self._deadline
