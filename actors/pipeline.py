@@ -15,7 +15,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 
 from swanlab_ray.actors.aggregate import Aggregator
-from swanlab_ray.actors.protocol import RANK, Config, Outcome, Progress, Scalars, State, count_events, decode_batch
+from swanlab_ray.actors.protocol import JOB, RANK, Config, Outcome, Progress, Scalars, State, count_events, decode_batch
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.swanlab_run import SwanLabRun, stderr
 
@@ -31,6 +31,8 @@ class RankView:
     received: int = 0
     step: int | None = None
     loss: float | None = None
+    own_loss: bool = False
+    """``loss`` is the rank's own, not one reduced over ranks."""
     step_time: float | None = None
     outcome: Outcome | None = None
     notices: list[str] = field(default_factory=list)
@@ -164,7 +166,9 @@ class Pipeline:
         values = scalars.values
         loss = values.get("loss", values.get("train/loss"))
         if loss is not None:
-            if scalars.scope == RANK or view.loss is None:
+            if scalars.scope != JOB:
+                view.loss, view.own_loss = loss, True
+            elif not view.own_loss:
                 view.loss = loss
             if scalars.scope != RANK and rank == 0:
                 self.loss = loss

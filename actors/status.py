@@ -5,6 +5,16 @@ from __future__ import annotations
 from swanlab_ray.actors.protocol import WriterStatus
 
 
+def ending(status: WriterStatus) -> str:
+    """How a run ended and where it lies, in one sentence for its user."""
+    where = status.url or status.run_dir or "nothing was kept"
+    upload = (
+        f" (upload it with: swanlab sync {status.run_dir} --id {status.run_id})" if status.mode == "offline" else ""
+    )
+    error = f", {status.error.splitlines()[0]}" if status.error else ""
+    return f"run {status.run_id} ended: {status.state}{error}; {where}{upload}"
+
+
 def status_line(status: WriterStatus) -> str:
     """Such as ``running | step 120/500 | ranks 8/8 | loss 2.31 | events 4100 | lag 0.3 s | dropped 0``."""
     running = sum(rank.state == "running" for rank in status.ranks)

@@ -161,6 +161,8 @@ class Channel:
         Returns:
             Whether everything was acknowledged.
         """
+        if not self._connected:
+            logger.info("Waiting for the writer, %.0f s at the most ...", min(timeout, UNREACHABLE_S))
         self._finishing = time.monotonic()
         self._deadline = self._finishing + timeout
         self._goodbye = goodbye
@@ -204,7 +206,7 @@ class Channel:
                     self._beat = None
                     self.last_error = str(error) if isinstance(error, LinkBroken) else traceback.format_exc()
                     if self._connections == 0:
-                        warn_once("unreachable", f"{self.last_error} The training goes on; still trying.")
+                        warn_once("unreachable", f"{self.last_error} - the training goes on; still trying.")
                     else:
                         warn_once("away", f"The writer is away ({self.last_error}); events are kept until it is back.")
                     if time.monotonic() >= min(self._deadline, self._finishing + UNREACHABLE_S):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,9 @@ def _open_command(status: WriterStatus, settings: ObserverSettings) -> str:
     if status.url:
         return status.url
     log_dir = os.path.relpath(settings.log_dir) if settings.log_dir.is_relative_to(Path.cwd()) else settings.log_dir
+    swanlab = "swanlab"
+    if shutil.which(swanlab) is None:  # the virtual environment is not activated
+        swanlab = os.path.relpath(Path(sys.executable).with_name("swanlab"))
     if status.mode == "local":
-        return f"swanlab watch {log_dir}"
-    return f"swanlab sync {status.run_dir} --id {status.run_id}"
+        return f"{swanlab} watch {log_dir}"
+    return f"{swanlab} sync {status.run_dir} --id {status.run_id}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import concurrent.futures.thread  # noqa: F401 - Ray needs it, and it cannot be imported once the interpreter is ending
 import operator
 import os
 import re
@@ -30,6 +31,7 @@ from swanlab_ray.actors.protocol import (
     WriterStatus,
 )
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError, check_writable
+from swanlab_ray.actors.status import ending
 from swanlab_ray.observer.channel import CAPACITY, Channel, ChannelStatistics, Link
 from swanlab_ray.observer.exits import ExitWatch, describe
 from swanlab_ray.observer.identity import Identity, check_run_id, gpu_name, identify
@@ -146,8 +148,8 @@ class Observer:
                 self._put(Deferred(kept, lambda values: encode((SCALARS, step, now, scope, values))))
             elif kept:
                 self._put(encode((SCALARS, step, now, scope, kept)))
-        except Exception as error:  # a step beyond 64 bits
-            self._reject(f"log() at step {step} failed: {error}.")
+        except Exception:
+            self._reject(f"A call of log() is not logged: its step has {step.bit_length()} bits, 63 are the most.")
             return
         self._last_step = step
 
@@ -246,6 +248,8 @@ class Observer:
         )
         self._put = self._append = _ignore
         self.outcome = self._channel.outcome
+        if self.outcome is not None:
+            logger.info(ending(self.outcome))
         _forget(self)
         return complete
 

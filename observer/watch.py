@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 from rich import box
+from rich.console import Group
 from rich.table import Table
 
 from swanlab_ray.actors.protocol import ACTOR_PREFIX, NAMESPACE, WriterStatus
@@ -61,9 +62,9 @@ class Watcher:
         cluster.detach(self._cluster)
 
 
-def rank_table(status: WriterStatus) -> Table:
+def rank_table(status: WriterStatus) -> Group:
     """A row per rank: where it runs, how far it is, and what became of its events."""
-    table = Table(title=_title(status), title_justify="left", caption_justify="left", box=box.ROUNDED, padding=(0, 0))
+    table = Table(title=_title(status), title_justify="left", box=box.ROUNDED, padding=(0, 0))
     for name in ("rank", "host", "device", "state", "step", "ms/step", "loss", "sent", "received", "dropped"):
         left = name in ("host", "device", "state")
         table.add_column(name, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
@@ -81,11 +82,11 @@ def rank_table(status: WriterStatus) -> Table:
             str(rank.received),
             str(rank.dropped),
         )
-    table.caption = (
+    return Group(
+        table,
         f"{status.received} events in, {status.written} scalars written to SwanLab, lag {status.lag:.1f} s, "
-        f"dropped {status.dropped}, thinned {status.thinned}"
+        f"dropped {status.dropped}",
     )
-    return table
 
 
 def as_json(status: WriterStatus) -> Any:

@@ -19,8 +19,15 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     OMP_NUM_THREADS="1",
 )
-for name in [name for name in os.environ if name.startswith(("SWANLAB_", "OBSERVER_"))]:
-    del os.environ[name]
+
+
+def environment() -> dict[str, str]:
+    """What a user's process would inherit; SwanLab leaves variables of its own behind in this one."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("SWANLAB_", "OBSERVER_"))}
+
+
+for stray in os.environ.keys() - environment().keys():
+    del os.environ[stray]
 
 _CLUSTER = """
 import ray, sys
@@ -114,7 +121,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
             process = subprocess.Popen(
                 command,
                 cwd=tmp_path,
-                env=os.environ
+                env=environment()
                 | {"SWANLAB_PROJ_NAME": "test", "SWANLAB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
                 | env,
                 stdout=file,

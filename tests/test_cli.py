@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Launch, SharedCluster, wait_until
+from tests.conftest import Launch, SharedCluster, environment, wait_until
 from tests.swanlab_file import only_run
 
 COMMAND = [str(Path(sys.executable).with_name("swanlab-ray"))]
@@ -20,7 +19,13 @@ COMMAND = [str(Path(sys.executable).with_name("swanlab-ray"))]
 
 def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *arguments], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=240, check=False
+        [*COMMAND, *arguments],
+        cwd=cwd,
+        env=environment() | env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
 
 

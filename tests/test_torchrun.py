@@ -103,6 +103,27 @@ def test_leaving_early_is_no_success(
     assert only_run(tmp_path / "swanlog").state == state
 
 
+def test_a_short_run_that_forgets_finish_is_still_a_run(
+    launch: Launch, tmp_path: Path, in_cluster: SharedCluster
+) -> None:
+    """The interpreter is ending before the background connection is there."""
+    done = launch(
+        """
+        from swanlab_ray.observer import connect
+        observer = connect()
+        for step in range(20):
+            observer.log({"x": step}, step)
+        """,
+        ranks=0,
+    ).wait()
+    assert done.code == 0
+    run = only_run(tmp_path / "swanlog")
+    assert len(run.scalars["x"]) == 20
+    assert run.state == "aborted"
+    assert "ended: aborted, rank 0 (" in done.output
+    assert str(run.path) in done.output
+
+
 def test_ctrl_c_is_aborted(launch: Launch, tmp_path: Path, in_cluster: SharedCluster) -> None:
     """SIGINT to torchrun, as a terminal's Ctrl-C: the run ends aborted."""
     job = launch(FAIL_AT_5.replace("FAIL", "print('at five', flush=True)"), ranks=2)

@@ -193,6 +193,16 @@ def test_rejected_values_are_told_once(tmp_path: Path) -> None:
     run.ended()
 
 
+def test_the_status_shows_each_rank_s_latest_loss(tmp_path: Path) -> None:
+    run = Run(tmp_path, 1)
+    run.hello(0)
+    run.log(0, 0, loss=1.0)
+    run.log(0, 1, loss=0.5)
+    assert run.writer.status().ranks[0].loss == 0.5
+    run.goodbye(0)
+    run.ended()
+
+
 def test_original_times_reach_the_file(tmp_path: Path) -> None:
     run = Run(tmp_path, 1)
     run.hello(0)
