@@ -6,7 +6,6 @@ import atexit
 import concurrent.futures.thread  # noqa: F401 - Ray needs it, and it cannot be imported once the interpreter is ending
 import operator
 import os
-import re
 import secrets
 import socket
 import sys
@@ -37,6 +36,7 @@ from swanlab_ray.observer.exits import ExitWatch, describe
 from swanlab_ray.observer.identity import Identity, check_run_id, gpu_name, identify
 from swanlab_ray.observer.link import RayLink
 from swanlab_ray.observer.notices import logger, warn_once
+from swanlab_ray.observer.redact import plain
 from swanlab_ray.observer.values import Deferred, HostCopy, encode, salvage
 
 FINISH_TIMEOUT_S = 90.0
@@ -45,9 +45,6 @@ STRICT_CONNECT_S = 120.0
 """How long ``connect()`` waits for the writer under ``strict=True``: a cluster may have to be started."""
 STRICT_RETRY_S = 5.0
 """The same once there was an error."""
-_SECRET_NAME = re.compile(
-    r"(api_?key|private_key|secret|passw(or)?d|webhook|credential|(hub|auth|access|hf|api)_token|^token$)", re.I
-)
 
 
 class _Refused(ValueError):
@@ -178,7 +175,7 @@ class Observer:
     def config(self, values: Mapping[str, Any] | None = None, **more: Any) -> None:
         """Add to the run's configuration. Values may be nested; secrets are masked by their names."""
         try:
-            self._put(encode((CONFIG, _plain({**(values or {}), **more}))))
+            self._put(encode((CONFIG, plain({**(values or {}), **more}))))
         except Exception as error:
             self._reject(f"A configuration could not be recorded: {error}")
 
@@ -403,16 +400,3 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _ignore(event: object) -> None:
     """Takes the place of the channel after the end."""
-
-
-def _plain(value: Any, name: str = "") -> Any:
-    """A copy made of plain types, with secrets masked by their names."""
-    if value and not isinstance(value, bool) and _SECRET_NAME.search(name):
-        return "***"
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, str(key)) for key, item in value.items()}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    return str(value)

@@ -21,6 +21,17 @@ LOG_200 = """
     print("run", observer.run_id)
 """
 
+WITH_ACCELERATE = """
+    from accelerate import Accelerator
+    from swanlab_ray.observer import ObserverTracker
+    tracker = ObserverTracker()
+    accelerator = Accelerator(log_with=tracker, cpu=True)
+    accelerator.init_trackers("test")
+    for step in range(200):
+        tracker.observer.log({"x": accelerator.process_index * 1000 + step}, step=step)
+    accelerator.end_training()
+"""
+
 FAIL_AT_5 = """
     import os, signal, sys, time
     from swanlab_ray.observer import connect
@@ -36,9 +47,12 @@ FAIL_AT_5 = """
 """
 
 
-def test_every_rank_arrives_once_in_one_run(launch: Launch, tmp_path: Path, in_cluster: SharedCluster) -> None:
+@pytest.mark.parametrize("source", [LOG_200, WITH_ACCELERATE], ids=["connect", "accelerate"])
+def test_every_rank_arrives_once_in_one_run(
+    launch: Launch, tmp_path: Path, in_cluster: SharedCluster, source: str
+) -> None:
     """200 points of each of 3 ranks, with the right values, in one run that ended well."""
-    done = launch(LOG_200, ranks=3).wait()
+    done = launch(source, ranks=3).wait()
     assert done.code == 0, done.output
     run = only_run(tmp_path / "swanlog")
     for rank in range(3):
