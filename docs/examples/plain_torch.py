@@ -22,8 +22,6 @@ def main() -> None:
             optimizer.step()
             observer.log({"loss": loss}, step=step)
 
-    dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()
