@@ -117,7 +117,7 @@ def test_demo_ends_with_one_run(tmp_path: Path, in_cluster: SharedCluster) -> No
     assert run_file.state == "finished"
     assert re.search(r"│\s*1\s*│.*success", done.stdout)
     assert f"One run: {run_file.path}" in done.stdout
-    assert f"Open it: swanlab sync {run_file.path} --id" in done.stdout
+    assert re.search(rf"^Open it: \S*swanlab sync {run_file.path} --id demo-", done.stdout, re.M)
 
 
 def test_demo_shows_what_went_wrong(tmp_path: Path, in_cluster: SharedCluster) -> None:
