@@ -97,10 +97,14 @@ class Pipeline:
         """Values that came after their step was written."""
         return self._aggregator.late
 
+    def behind(self) -> float:
+        """Seconds since the oldest of what waits here was queued."""
+        oldest = self._oldest
+        return time.monotonic() - oldest if oldest is not None else 0.0
+
     def lag(self) -> float:
         """Seconds by which SwanLab is behind what was acknowledged."""
-        oldest = self._oldest
-        return max(self.run.lag(), time.monotonic() - oldest if oldest is not None else 0.0)
+        return max(self.run.lag(), self.behind())
 
     def _submit(self, work: Callable[[], None], size: int = 0) -> None:
         self._backlog += size
@@ -118,7 +122,8 @@ class Pipeline:
             except Exception:
                 self._excuse()
             self._backlog -= size
-            self._oldest = None
+            if self._queue.empty():
+                self._oldest = None
             now = time.monotonic()
             if now >= next_tick:
                 next_tick = now + TICK_S

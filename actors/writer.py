@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -278,14 +279,16 @@ class Writer:
         while True:
             time.sleep(TICK_S)
             now = time.monotonic()
-            with self._lock:
-                self._notice_lost_ranks(now)
-                self._maybe_end()
-                ended = self._end is not None
-            if now >= next_line:
-                stderr(status_line(self.status()))
-                next_line = now + STATUS_LINE_S
-            if ended:
+            try:
+                with self._lock:
+                    self._notice_lost_ranks(now)
+                    self._maybe_end()
+                if now >= next_line:
+                    next_line = now + STATUS_LINE_S
+                    stderr(status_line(self.status()))
+            except Exception:  # without this thread the run would never end
+                stderr(traceback.format_exc())
+            if self._end is not None:
                 self._leave()
                 return
 
@@ -297,7 +300,8 @@ class Writer:
                 continue
             silent = now - rank.heard
             gone = silent > 2 * BEAT_S and self._alive(rank) is False
-            if (gone or silent > timeout) and not self._opened.backlog:
+            # What it sent before may still wait in the pipeline, and say how it ended.
+            if (gone or silent > timeout) and self._opened.behind() < silent:
                 rank.state = "lost"
                 # It was heard every BEAT_S at least, so it fell about then; its peers' errors came of it.
                 rank.ended_ns = time.time_ns() - int((silent - BEAT_S / 2) * 1e9)

@@ -162,7 +162,7 @@ class Channel:
             Whether everything was acknowledged.
         """
         if not self._connected:
-            logger.info("Waiting for the writer, %.0f s at the most ...", min(timeout, UNREACHABLE_S))
+            logger.info("Waiting for the writer, %.0f s at the most ...", timeout)
         self._finishing = time.monotonic()
         self._deadline = self._finishing + timeout
         self._goodbye = goodbye
@@ -235,6 +235,8 @@ class Channel:
         if not (self._window or self._unsent or self.queue):
             self._say_goodbye()
             return True
+        if not self._window:
+            time.sleep(0.01)  # what is left waits for a GPU
         return self._out_of_time()
 
     def _connect(self) -> None:

@@ -18,7 +18,7 @@ def main() -> None:
     """One Ray actor observes every rank of a distributed training and writes one SwanLab run."""
 
 
-@main.command()
+@main.command(short_help="Train a small Llama here and watch every rank.")
 @click.option("--mode", default="local", show_default=True, metavar="|".join(MODES[:3]), help="Where the run goes.")
 @click.option(
     "--ranks", default=2, show_default=True, type=click.IntRange(1, 64), help="Processes that train together."
@@ -46,7 +46,7 @@ def demo(mode: str, ranks: int, steps: int, project: str, log_dir: str | None) -
     sys.exit(run_demo(settings, ranks, steps, Console(highlight=False)))
 
 
-@main.command()
+@main.command(short_help="Show the runs in progress.")
 @click.argument("run_id", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def status(run_id: str | None, as_json: bool) -> None:

@@ -170,7 +170,7 @@ class Observer:
     def _reject(self, sentence: str, key: str | None = None) -> None:
         if self.settings.strict:
             raise ValueError(sentence)
-        warn_once(f"rejected {key or sentence[:20]}", sentence)
+        warn_once(f"rejected {key or sentence.split()[0]}", sentence)
 
     def config(self, values: Mapping[str, Any] | None = None, **more: Any) -> None:
         """Add to the run's configuration. Values may be nested; secrets are masked by their names."""

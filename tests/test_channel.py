@@ -206,10 +206,11 @@ def test_a_wrong_step_warns_once_and_raises_when_strict(
 ) -> None:
     relaxed = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), link)
     relaxed.log({"x": 1}, step)
-    relaxed.log({"x": 1}, step)
+    relaxed.log({"x": 1}, -7)
     assert relaxed.finish()
     assert not link.taken
     assert [record.message for record in caplog.records].count(sentence) <= 1
+    assert sum("step" in record.message for record in caplog.records) <= 1
     strict = Observer(ObserverSettings(project="p", log_dir=tmp_path, strict=True), Identity(0, 1, 0, 1), ShakyLink())
     with pytest.raises(ValueError, match="step"):
         strict.log({"x": 1}, step)
