@@ -5,6 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# Python keeps the byte code of what is used when it is used first; pip would compile all of it on one core.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
+
+# Other versions of TRL, which the tests put in front of the installed one; the older ones need an older Transformers.
+OVERLAYS := build/trl/0.19.1 build/trl/1.16.0 build/trl/transformers-4
+OVERLAY = rm -rf $@.part && $(PIP) --no-deps --target $@.part
+
 .PHONY: install demo test lint typecheck bench clean
 
 install: $(INSTALLED)
@@ -12,15 +20,23 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "swanlab-ray needs Python 3.11 or newer: make PYTHON=python3.11"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --editable '.[test]'
 	touch $(INSTALLED)
 
 demo: install
 	$(BIN)/swanlab-ray demo
 
-test: install lint typecheck
-	$(BIN)/python -m pytest
+test: install lint typecheck $(OVERLAYS)
+	$(BIN)/python -m pytest --numprocesses 2 --maxschedchunk 1
+
+build/trl/transformers-4: | install
+	$(OVERLAY) transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+	mv $@.part $@
+
+build/trl/%: | install
+	$(OVERLAY) trl==$*
+	mv $@.part $@
 
 lint: install
 	$(BIN)/ruff check .
@@ -37,6 +53,11 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.bench_log
 	$(BIN)/python -m tests.benchmarks.bench_ingest
 	$(BIN)/python -m tests.benchmarks.bench_step
+	$(BIN)/python -m tests.benchmarks.bench_journal
+	$(BIN)/python -m tests.benchmarks.bench_memory
+	$(BIN)/python -m tests.benchmarks.bench_completions
+	$(BIN)/python -m tests.benchmarks.bench_spans
+	$(BIN)/python -m tests.benchmarks.bench_restart
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,7 +1,8 @@
 """What ranks and the writer say to each other.
 
 A rank sends *events* in numbered *batches*. An event is encoded once, on the thread that logs it, and stays as these
-bytes until the writer reads it. Everything is msgpack; the messages are small typed values.
+bytes until the writer reads it. Everything is msgpack; the messages are small typed values. A large batch is compressed
+by the rank, and stays so on the wire and in the journal.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
+import zstandard
 
 NAMESPACE = "swanlab-ray"
 """The Ray namespace of every writer."""
@@ -32,7 +34,7 @@ USER = 1
 RANK = 2
 """A rank's own measurement (its loss, its step time): only the view over ranks."""
 
-SCALARS, CONFIG, PROGRESS, OUTCOME = 0, 1, 2, 3
+SCALARS, CONFIG, PROGRESS, OUTCOME, COMPLETIONS, TOKENIZER, SPANS, STACKS = range(8)
 
 
 class Scalars(msgspec.Struct, array_like=True, tag=SCALARS, frozen=True, gc=False):
@@ -69,7 +71,82 @@ class Outcome(msgspec.Struct, array_like=True, tag=OUTCOME, frozen=True):
     time_ns: int
 
 
-Event = Scalars | Config | Progress | Outcome
+Cell = None | bool | int | float | str | bytes
+"""A value of a row of completions; bytes are token ids, little-endian 32-bit integers."""
+
+
+class Completions(msgspec.Struct, array_like=True, tag=COMPLETIONS, frozen=True):
+    """Rows of what a model was shown or has said, as columns of one length."""
+
+    step: int
+    time_ns: int
+    algorithm: str
+    """``dpo``, ``grpo``, ...; empty for rows of the user's own."""
+    tokenizer: str
+    """Name of the :class:`Tokenizer` of the token ids; empty where there are none."""
+    left_out: int
+    """Rows of this rank's batch that do not fit the table's bound, and were not sent."""
+    columns: dict[str, list[Any]]
+    """Of :data:`Cell`; msgspec has no union of text and bytes."""
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(next(iter(self.columns.values()), []))
+
+
+class Tokenizer(msgspec.Struct, array_like=True, tag=TOKENIZER, frozen=True):
+    """What makes text of token ids, as the ``tokenizers`` library writes it (JSON)."""
+
+    name: str
+    definition: bytes
+
+
+class Spans(msgspec.Struct, array_like=True, tag=SPANS, frozen=True):
+    """What a rank was doing when: spans that have ended, in the order of their ends, as columns of one length.
+
+    Times are in nanoseconds, by the clock of the rank's host.
+    """
+
+    time_ns: int
+    """Unix time at which this was put together, just before it was sent."""
+    begin_ns: int
+    """Unix time from which :attr:`begins` count."""
+    dropped: int
+    """Spans that found no room since the last event."""
+    names: list[str]
+    threads: list[str]
+    """The first is the thread that trains."""
+    thread: list[int]
+    """Index into :attr:`threads`."""
+    name: list[int]
+    """Index into :attr:`names`."""
+    step: list[int]
+    begins: list[int]
+    durations: list[int]
+    parents: list[int]
+    """Of a span in an asyncio task, how much earlier the one around it has begun; -1 where there is none. 0 for a span
+    in no task, which nests by its times; empty where all are such."""
+    gpu: list[int]
+    """Time between CUDA events at begin and end; -1 where that was not measured, empty where nothing was."""
+
+
+class Stacks(msgspec.Struct, array_like=True, tag=STACKS, frozen=True):
+    """Where the threads of a rank stand, while the job does not get ahead."""
+
+    time_ns: int
+    step: int | None
+    span: str
+    """As in :class:`Doing`."""
+    busy: bool | None
+    """The thread that trains is on a CPU, and does not wait; None where that cannot be seen."""
+    threads: list[str]
+    """Their names; the first is the thread that trains."""
+    frames: list[list[str]]
+    """Of each thread, such as ``/job/train.py:88 in load``, the innermost first."""
+
+
+Event = Scalars | Config | Progress | Outcome | Completions | Tokenizer | Spans | Stacks
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,30 +164,53 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     """Unique to this process: a rank that is started again has another one."""
     next_seq: int
     """The first batch it can still send."""
+    restarts: int = 0
+    """How often its launcher starts the job again after failures, in all."""
 
 
-class Welcome(msgspec.Struct, frozen=True, kw_only=True):
+class Ack(msgspec.Struct, frozen=True, array_like=True):
+    """How far the writer is with this rank: the answer to every message."""
+
+    durable: int
+    """Batches below this one are in the journal, synced to disk: the rank may forget them."""
     next_seq: int
-    """The batch the writer wants next from this rank."""
+    """The batch the writer wants next. Those between are on their way to the disk."""
     flush_interval: float
     """Seconds between two batches that the writer can bear at this world size."""
     notices: list[str]
     """Sentences for the user of this rank."""
+    stacks: int = 0
+    """The rank is asked for its :class:`Stacks`, once for each number; 0: it is not."""
 
 
-class Ack(msgspec.Struct, frozen=True, array_like=True):
-    next_seq: int
-    flush_interval: float
-    notices: list[str]
+class Counted(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank has counted, in events."""
+
+    logged: int
+    spooled: int
+    """On its own disk, and not taken by the writer."""
+    dropped: dict[str, int]
+    """By reason."""
+
+
+class Doing(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank is doing."""
+
+    step: int | None
+    """The step under way, or the last one logged."""
+    span: str
+    """The open spans of the thread that trains, such as ``evaluate > forward``; empty where there is none."""
+    idle: float
+    """Seconds since it last got ahead: began another step, or ended a span."""
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True):
-    """A sign of life, with what the rank has counted so far."""
+    """A sign of life."""
 
     rank: int
     life: str
-    logged: int
-    dropped: int
+    counted: Counted
+    doing: Doing | None = None
 
 
 class Goodbye(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,8 +220,7 @@ class Goodbye(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None
     time_ns: int
     """When the rank ended, Unix nanoseconds: the first failure is the cause."""
-    logged: int
-    dropped: int
+    counted: Counted
 
 
 class Farewell(msgspec.Struct, frozen=True, array_like=True):
@@ -141,11 +240,32 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
     loss: float | None
     step_time: float | None
     """Seconds of its latest step."""
+    error: str | None
     silent: float
     """Seconds since its last sign of life."""
+    span: str
+    """What it is doing, as in :class:`Doing`."""
+    idle: float | None
+    """Seconds since it last got ahead."""
     logged: int
+    """Events it has logged, as it said last."""
     received: int
+    """Events of it in the journal."""
+    spooled: int
     dropped: int
+
+
+class Hang(msgspec.Struct, frozen=True, kw_only=True):
+    """No rank gets ahead."""
+
+    number: int
+    """Unix time at which it was seen; what the ranks are asked for their stacks with."""
+    seconds: float
+    """How long no rank had got ahead when that was told."""
+    text: str
+    """Who is behind and where, and what the others wait in."""
+    stacks: str
+    """Of those that are behind, and of one that waits."""
 
 
 class WriterStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,27 +279,45 @@ class WriterStatus(msgspec.Struct, frozen=True, kw_only=True):
     """``running``, or how the run ended."""
     error: str | None
     closed: bool
-    """SwanLab's record is complete on disk (or given up, which a notice then says)."""
+    """SwanLab's run is closed (or given up, which a notice then says), and the journal too."""
+    pid: int
+    """Of the writer's process."""
     world_size: int
     ranks: list[RankStatus]
     step: int | None
     max_steps: int
     epoch: float | None
     loss: float | None
+    learning_rate: float | None
+    journal: str
+    """Directory of the journal."""
     received: int
-    """Events (``log()`` calls and others) taken from the ranks."""
+    """Events (``log()`` calls and others) of all ranks in the journal."""
     written: int
-    """Scalars handed to SwanLab."""
+    """Scalars handed to SwanLab; in cloud mode: confirmed by it."""
     thinned: int
     """Scalars not handed to SwanLab because it could not keep up."""
     withheld: int
     """NaN and infinite scalars kept from SwanLab's local dashboard, which they break."""
+    completions: int
+    """Rows of completions that came."""
+    completions_dropped: int
+    """Those, and those that ranks left out, that got into no table; the journal has what was sent of them."""
+    hang: Hang | None
+    straggler: str | None
+    """The rank that others wait for at present, and the phase it loses the time in."""
+    spans_dropped: int
+    """Spans that ranks had to drop."""
     late: int
     """Values that came after their step was reduced over ranks."""
     rejected: int
     """Values that are no numbers."""
+    spooled: int
+    """Events that ranks keep on their own disks."""
     dropped: int
-    """Events that ranks had to drop, or that an earlier writer took with it."""
+    """Events that ranks had to drop, or that went with ranks that were killed."""
+    killed: int
+    """The latter of them."""
     lag: float
     """Seconds by which SwanLab is behind."""
     run_dir: str | None
@@ -194,14 +332,23 @@ _raw_events = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _loose = msgspec.msgpack.Decoder()
 
 
+COMPRESS_BYTES = 512
+"""Batches of this size and more are compressed: names repeat in every event."""
+BATCH_LIMIT = 256 << 20
+"""Bytes that a batch may unpack to; a larger one is no batch of ours."""
+_PACKED = zstandard.FRAME_HEADER
+
+
 def encode_batch(events: Iterable[bytes]) -> bytes:
     """Join encoded events into one batch."""
-    return _encoder.encode([msgspec.Raw(event) for event in events])
+    batch = _encoder.encode([msgspec.Raw(event) for event in events])
+    return batch if len(batch) < COMPRESS_BYTES else zstandard.ZstdCompressor(level=1).compress(batch)
 
 
-def count_events(batch: bytes) -> int:
-    """How many events a batch holds."""
-    return len(_raw_events.decode(batch))
+def _unpacked(batch: bytes) -> bytes:
+    if not batch.startswith(_PACKED):
+        return batch
+    return zstandard.ZstdDecompressor().decompress(batch, max_output_size=BATCH_LIMIT)
 
 
 class Rejected(msgspec.Struct, frozen=True):
@@ -217,6 +364,7 @@ def decode_batch(batch: bytes) -> tuple[list[Event], list[Rejected]]:
     Almost every batch is decoded by typed C code in one go; only one that holds nested dicts, booleans, or values that
     are no numbers is read event by event.
     """
+    batch = _unpacked(batch)
     try:
         return _events.decode(batch), []
     except msgspec.ValidationError:
@@ -229,7 +377,7 @@ def decode_batch(batch: bytes) -> tuple[list[Event], list[Rejected]]:
         except msgspec.ValidationError as error:
             loose = _loose.decode(raw)
             if loose[0] != SCALARS:
-                rejected.append(Rejected("config", str(error)))
+                rejected.append(Rejected("completions" if loose[0] == COMPLETIONS else "config", str(error)))
                 continue
             _, step, time_ns, scope, values = loose
             flat: dict[str, float] = {}

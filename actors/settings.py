@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, StringConstraints, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from swanlab_ray.actors.rules import parse
+
+LARK_WEBHOOK = re.compile(r"https?://[^/\s]+/open-apis/bot/(v2/)?hook/[\w-]+/?")
+"""Of open.feishu.cn, of open.larksuite.com, or of a deployment of one's own."""
 MODES = ("cloud", "local", "offline", "disabled")
 
 
@@ -93,18 +98,34 @@ class ObserverSettings(BaseSettings):
     lark_secret: SecretStr | None = Field(default=None, validation_alias=_env("lark_secret", "SWANLAB_LARK_SECRET"))
     """HMAC secret of that bot."""
 
+    alerts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=("loss is nan", "train/loss is nan"), validation_alias=_env("alerts", "OBSERVER_ALERTS")
+    )
+    """Rules on metrics that raise an alert; in the environment separated by semicolons."""
+
     log_completions: bool = Field(default=True, validation_alias=_env("log_completions", "SWANLAB_LOG_COMPLETIONS"))
     """Log RLHF completions (DPO, KTO, ORPO, CPO, GRPO) as a table."""
 
     completion_log_interval: int = Field(
-        default=100, ge=1, validation_alias=_env("completion_log_interval", "SWANLAB_COMPLETION_LOG_INTERVAL")
+        default=100, ge=1, le=10**9, validation_alias=_env("completion_log_interval", "SWANLAB_COMPLETION_LOG_INTERVAL")
     )
     """Steps between two completion tables."""
 
     completion_max_buffer: int = Field(
-        default=128, ge=1, validation_alias=_env("completion_max_buffer", "SWANLAB_COMPLETION_MAX_BUFFER")
+        default=128, ge=1, le=100_000, validation_alias=_env("completion_max_buffer", "SWANLAB_COMPLETION_MAX_BUFFER")
     )
-    """Completions kept in memory between two tables; the oldest go first."""
+    """Completions kept in memory between two tables, of all ranks together; the oldest go first."""
+
+    completion_max_chars: int = Field(
+        default=2000, ge=1, le=10**7, validation_alias=_env("completion_max_chars", "OBSERVER_COMPLETION_MAX_CHARS")
+    )
+    """Characters of one text in a completion table; the journal keeps the whole text."""
+
+    cuda_spans: bool = Field(default=False, validation_alias=_env("cuda_spans", "OBSERVER_CUDA_SPANS"))
+    """Measure spans on the GPU as well, between two CUDA events that nothing waits for."""
+
+    node_interval: float = Field(default=15.0, ge=0, validation_alias=_env("node_interval", "OBSERVER_NODE_INTERVAL"))
+    """Seconds between two values of each machine's CPU, memory, disk and GPUs; 0: none."""
 
     run_id: RunId | None = Field(default=None, validation_alias=_env("run_id", "OBSERVER_RUN_ID", "SWANLAB_RUN_ID"))
     """Identity of the run, the same on every rank. By default it is worked out from the launcher."""
@@ -125,6 +146,13 @@ class ObserverSettings(BaseSettings):
 
     rank_timeout: float = Field(default=60.0, ge=1.0, validation_alias=_env("rank_timeout", "OBSERVER_RANK_TIMEOUT"))
     """Seconds without a sign of life after which a rank counts as lost."""
+
+    hang_timeout: float = Field(default=300.0, ge=0, validation_alias=_env("hang_timeout", "OBSERVER_HANG_TIMEOUT"))
+    """Seconds without a step on any rank after which the job counts as hung; 0: never. First steps, evaluations and
+    checkpoints get six times that, and pauses that have ended well count twice."""
+
+    dashboard: bool = Field(default=True, validation_alias=_env("dashboard", "OBSERVER_DASHBOARD"))
+    """Ray's dashboard in a cluster that the ranks start for themselves; it takes a fifth of a core."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -156,6 +184,10 @@ class ObserverSettings(BaseSettings):
         """Whether anything is observed at all."""
         return self.use_swanlab and self.mode != "disabled"
 
+    def public(self) -> dict[str, Any]:
+        """The settings without secrets, as plain values: what may be kept in a file."""
+        return self.model_dump(mode="json", exclude={"api_key", "lark_webhook_url", "lark_secret"}, exclude_none=True)
+
     @field_validator("project", mode="before")
     @classmethod
     def _project_not_empty(cls, value: Any) -> Any:
@@ -179,6 +211,27 @@ class ObserverSettings(BaseSettings):
             if value not in ("all", "none"):
                 raise ValueError(f"Invalid rank_series {value!r}: use a number of ranks, 'all' or 'none'")
             return 0 if value == "none" else 1 << 31
+        return value
+
+    @field_validator("alerts", mode="before")
+    @classmethod
+    def _rules(cls, value: Any) -> Any:
+        texts = value.split(";") if isinstance(value, str) else value
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"Invalid alerts {value!r}: write rules as texts, such as ['loss < 1.0']")
+        try:
+            return tuple(parse(text).text for text in texts if text.strip())
+        except ValueError as error:
+            raise ValueError(f"Invalid alerts: {error}") from None
+
+    @field_validator("lark_webhook_url")
+    @classmethod
+    def _webhook(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not LARK_WEBHOOK.fullmatch(value.get_secret_value()):
+            raise ValueError(
+                "Invalid swanlab_lark_webhook_url: copy it from the bot's settings, such as "
+                "https://open.feishu.cn/open-apis/bot/v2/hook/xxxxxxxxxx"
+            )
         return value
 
     @field_validator("web_host", "api_host")

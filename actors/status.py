@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from swanlab_ray.actors.protocol import WriterStatus
+from swanlab_ray.actors.protocol import Hang, WriterStatus
+
+HANGS = "No rank has made a step"
 
 
 def ending(status: WriterStatus) -> str:
     """How a run ended and where it lies, in one sentence for its user."""
-    where = status.url or status.run_dir or "nothing was kept"
-    upload = (
-        f" (upload it with: swanlab sync {status.run_dir} --id {status.run_id})" if status.mode == "offline" else ""
-    )
+    where = status.url or status.run_dir or status.journal
+    upload = f" (upload it with: swanlab-ray sync {status.journal})" if status.mode == "offline" else ""
     error = f", {status.error.splitlines()[0]}" if status.error else ""
     return f"run {status.run_id} ended: {status.state}{error}; {where}{upload}"
 
@@ -32,9 +32,31 @@ def status_line(status: WriterStatus) -> str:
         f"lag {status.lag:.1f} s",
         f"dropped {status.dropped}",
     ]
-    for name in ("thinned", "withheld", "late", "rejected"):
+    if status.completions:
+        parts.append(f"completions {status.completions}")
+    if status.hang:
+        parts.append("hangs")
+    if status.straggler:
+        parts.append(f"straggler {status.straggler}")
+    if status.spans_dropped:
+        parts.append(f"spans dropped {status.spans_dropped}")
+    for name in ("spooled", "thinned", "withheld", "late", "rejected"):
         if count := getattr(status, name):
             parts.append(f"{name} {count}")
     if status.error:
         parts.append(status.error.splitlines()[0])
     return " | ".join(parts)
+
+
+def standstill(hang: Hang) -> str:
+    """What there is to say of a job that hangs."""
+    return f"{HANGS} for {duration(hang.seconds)}. {hang.text}"
+
+
+def duration(seconds: float) -> str:
+    """Such as ``3 d 4 h``, ``2 h 5 min`` or ``40 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [f"{count} {unit}" for count, unit in ((days, "d"), (hours, "h"), (minutes, "min")) if count]
+    return " ".join(parts[:2]) or f"{rest} s"

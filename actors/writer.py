@@ -1,5 +1,8 @@
 """The writer: one named Ray actor per run, the only process that writes SwanLab. This file is its membership: who is
-there, what was acknowledged, how it ends; :mod:`swanlab_ray.actors.pipeline` does the writing.
+there, what is acknowledged, how it ends.
+
+What arrives goes to the journal; once it is on disk it is acknowledged, looked at (:mod:`swanlab_ray.actors.views`) and
+carried into SwanLab (:mod:`swanlab_ray.actors.reducer`). A writer that is restarted finds the journal by the run id.
 
 Ranks reach it through :func:`get_or_create`. What arrives stays in order (one thread, group ``io``); signs of life and
 questions are answered beside it (group ``query``), so a full batch never delays them.
@@ -7,46 +10,94 @@ questions are answered beside it (group ``query``), so a full batch never delays
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 import time
 import traceback
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from swanlab_ray.actors.cloud_run import CloudRun
+from swanlab_ray.actors.health import Health, why_silent
+from swanlab_ray.actors.history import KILLED, Follower, Life, Summary, ledger, summarise
+from swanlab_ray.actors.journal import Journal, Position, journal_files, run_directory
 from swanlab_ray.actors.locks import hold_lock, pid_namespace
-from swanlab_ray.actors.pipeline import Pipeline, RankView
+from swanlab_ray.actors.mailbox import open_mailbox
+from swanlab_ray.actors.members import Member, arrived, hello_of, verdict
+from swanlab_ray.actors.notifications import MOVES_AGAIN, RESTARTED, Notifications
 from swanlab_ray.actors.protocol import (
     ACTOR_PREFIX,
     BEAT_S,
     NAMESPACE,
     Ack,
     Beat,
+    Counted,
+    Event,
     Farewell,
     Goodbye,
     Hello,
-    RankStatus,
+    Stacks,
     State,
-    Welcome,
     WriterStatus,
 )
+from swanlab_ray.actors.records import (
+    Alert,
+    Batch,
+    Closed,
+    Counts,
+    Delivered,
+    Entry,
+    Finished,
+    Header,
+    Notified,
+    Opened,
+    Returned,
+    Tick,
+    UnknownFormat,
+)
+from swanlab_ray.actors.reducer import Reducer
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.status import status_line
-from swanlab_ray.actors.swanlab_run import stderr
+from swanlab_ray.actors.sink import FINISH_DEADLINE_S, Sink, stderr
+from swanlab_ray.actors.status import duration, standstill, status_line
+from swanlab_ray.actors.swanlab_run import SwanLabRun
+from swanlab_ray.actors.views import Views
 
 TICK_S = 0.2
+QUIET_TICK_S = 1.0
+"""Seconds between two ticks in the journal while values wait for silent ranks."""
 STATUS_LINE_S = 5.0
 FLUSH_INTERVAL_S = 0.2
 """Seconds between two batches of a rank while the world is small."""
 CALLS_PER_SECOND = 1000.0
 """Batches a second the writer asks for at most: it saturates at about 2,800 (two cores, Ray 2.60)."""
+BACKLOG_BYTES = 256 << 20
+"""Batches that may wait here for the disk; the ranks keep what comes beyond that."""
+DESTINATION = (
+    "project",
+    "workspace",
+    "api_host",
+    "web_host",
+    "rank_series",
+    "completion_log_interval",
+    "completion_max_buffer",
+)
+"""Settings that decide which rows go to which experiment."""
 SMALL_BACKLOG_BYTES = 1 << 20
 SETTLE_S = 1.0
+DURABLE_S = 2.0
+"""How long the answer to a goodbye waits until that is on disk."""
 FAILED_RANK_GRACE_S = 15.0
 """Once one rank has failed, silence this long means that its peers went with it."""
-CLOSE_DEADLINE_S = 300.0
+RESTART_S = 90.0
+"""How long a run waits for ranks that its launcher starts again after a failure."""
+CLOSE_DEADLINE_S = FINISH_DEADLINE_S + 15.0
 """How long the actor stays at the most to work off what was acknowledged and to close the run."""
+JOURNAL_DEADLINE_S = 10.0
+"""How long the end waits for a disk that takes nothing."""
+LARK_DEADLINE_S = 5.0
+"""How long the end waits for notifications that are on their way; ranks wait 90 s for all of the end."""
 LINGER_S = 3.0
 """How long the actor stays after the end, so that whoever watches reads the final counts."""
 
@@ -55,23 +106,12 @@ class RunEnded(Exception):
     """The run is closing. Whoever still wants to write needs a new writer."""
 
 
-@dataclass(slots=True)
-class _Rank:
-    """A rank's membership in the run."""
-
-    hello: Hello
-    heard: float  # monotonic
-    next_seq: int
-    view: RankView
-    state: str = "running"
-    error: str | None = None
-    ended_ns: int = 0
-    logged: int = 0
-    dropped: int = 0
+class Fenced(Exception):
+    """A newer writer has taken over the run; this one acknowledges nothing any more."""
 
 
 class Writer:
-    """Takes what the ranks send, reduces it over ranks, and writes one SwanLab run.
+    """Takes what the ranks send, keeps it in the journal, reduces it over ranks, and writes one SwanLab run.
 
     Args:
         run_id: identity of the run; also the SwanLab run id.
@@ -85,135 +125,384 @@ class Writer:
         self._settings = settings
         self._life_lock = hold_lock(life_lock) if life_lock else None
         self._lock = threading.Lock()
-        self._ranks: dict[int, _Rank] = {}
+        self._ranks: dict[int, Member] = {}
         self._world_size = 0
-        self._pipeline: Pipeline | None = None  # opened with the first rank
-        self._notices: list[str] = []  # shared with the pipeline and the SwanLab run, which only append
+        self._notices: list[str] = []
         self._told = 0  # of the run's notices, how many rank 0 has seen
         self._end: tuple[State, str | None] | None = None
+        self._over: Finished | None = None
+        """How the run had ended when this writer found it."""
+        self._before_ns = 0  # when the run's job before this one had ended
+        self._past: dict[int, tuple[int, Counts]] = {}  # accounts of ranks of sessions that are over
+        self._past_lives: set[str] = set()
+        self._fenced = False
+        self._closed = threading.Event()
         self._born = time.monotonic()
+        self._last_batch = self._last_tick = 0.0
         self._pid_namespace = pid_namespace()
+        self._views = Views(self._forward, self._take_stacks)
+        self._health = Health(settings.hang_timeout, self._process_state)
+        self._restarts = 0
+        self._restarted: set[int] = set()  # ranks that were started again since that was told
+        self._reducer: Reducer | None = None  # opened with the first rank
+        self._directory = run_directory(settings.log_dir, run_id)
+        self._run_dirs: list[str] = []
+        self._rows = self._rows_noted = 0
+        self._rows_noted_at = 0.0
+        self._begun = self._committed = Position(0, 0)
+        self._journal = Journal(self._directory, self._header, self._on_commit, self._on_trouble, self._on_fenced)
+        self._mailbox = open_mailbox(settings, self._notice, lambda key: self._journal.append(Notified(key=key)))
+        self._notifications = Notifications(self._mailbox, self._notice)
+        self._recover()
+        self._journal.start()
         threading.Thread(target=self._tick_forever, name="writer-ticker", daemon=True).start()
 
     def __repr__(self) -> str:
         return f"SwanLabWriter(project={self._settings.project}, run={self._run_id})"
 
+    def _header(self, epoch: int) -> Header:
+        return Header(
+            kind="journal",
+            run_id=self._run_id,
+            epoch=epoch,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            settings=self._settings.public(),
+        )
+
+    # Taking over a run that has a journal.
+
+    def _recover(self) -> None:
+        """Rebuild what an earlier incarnation knew, from its journal."""
+        earlier = self._journal.earlier
+        self._begun = self._committed = Position(self._journal.epoch or max(earlier, default=0) + 1, 0)
+        began = time.monotonic()
+        try:
+            summary = self._summarise()
+        except (OSError, UnknownFormat) as error:
+            self._notice(f"The journal of this run cannot be read ({error}); what it has is not in SwanLab's run.")
+            return
+        if not earlier:
+            return
+        self._begun = Position(0, 0)
+        damaged = any(not found.damage.torn for found in summary.damaged)
+        if not damaged and self._same_place(summary):
+            self._rows = self._rows_noted = summary.rows
+        self._run_dirs = [opened.run_dir for opened in summary.opened if opened.run_dir]
+        self._world_size = summary.world_size
+        over = summary.finished is not None and summary.closed is not None
+        self._before_ns = summary.before_ns
+        if over and summary.finished is not None:
+            self._before_ns = summary.finished.time_ns
+            self._notifications = Notifications(self._mailbox, self._notice, again=True)
+        else:
+            self._restarts = sum(alert.text.startswith(RESTARTED) for alert in summary.alerts)
+            self._notifications = Notifications(
+                self._mailbox,
+                self._notice,
+                summary.notified,
+                {alert.text for alert in summary.alerts},
+                summary.session_ns / 1e9 or None,  # nobody had said hello yet
+                again=summary.sessions > 1,
+            )
+        for number, lives in summary.ranks().items():
+            if over:
+                self._past[number] = ledger(lives)
+                self._past_lives |= {
+                    life.ended.life for life in lives if life.ended is not None and life.ended.state != "lost"
+                }
+            else:
+                self._restore(number, lives)
+        if damaged:
+            self._notice(f"The journal of this run is damaged; see: swanlab-ray verify {self._directory}")
+        if over:
+            self._over = summary.finished  # unless a rank comes: a training that goes on
+        elif summary.finished is not None:
+            self._end = (summary.finished.state, summary.finished.error)
+            self._open_reducer(summary.finished)
+        elif self._ranks:
+            self._open_reducer()
+        stderr(
+            f"the journal has {summary.events} events of {len(summary.ranks())} ranks "
+            f"(read in {time.monotonic() - began:.1f} s): {self._directory}"
+        )
+
+    def _same_place(self, summary: Summary) -> bool:
+        """Whether the rows that were delivered went where this writer sends them."""
+        before, now = summary.headers[-1].settings if summary.headers else {}, self._settings.public()
+        return all(before.get(name) == now.get(name) for name in DESTINATION)
+
+    def _summarise(self) -> Summary:
+        files = journal_files(self._directory)
+        return summarise([files[epoch] for epoch in self._journal.earlier if epoch in files])
+
+    def _restore(self, number: int, lives: list[Life]) -> None:
+        last = lives[-1]
+        if last.arrived is None:
+            return  # damage took its hello; it says hello again if it lives
+        counts = last.ended.counts if last.ended else Counts()
+        rank = Member(
+            hello_of(last.arrived),
+            time.monotonic(),
+            self._views.restart_rank(number, last.arrived.life),
+            restored=True,
+        )
+        rank.next_seq = rank.durable = last.next_seq
+        rank.received = last.events
+        rank.counted = Counted(counts.logged, counts.spooled, counts.dropped)
+        rank.earlier = ledger(lives[:-1])
+        rank.view.outcome = last.outcome()
+        if last.ended is not None:
+            rank.state, rank.error, rank.ended_ns = last.ended.state, last.ended.error, last.ended.ended_ns
+        self._ranks[number] = rank
+
+    def _open_reducer(self, finished: Finished | None = None) -> None:
+        self._reducer = Reducer(
+            Follower(self._directory, self._begun),
+            self._committed,
+            self._make_sink,
+            self._settings,
+            self._notice,
+            finished,
+            self._before_ns,
+        )
+
+    def _make_sink(self) -> Sink:
+        if self._settings.mode == "cloud":
+            return CloudRun(
+                self._settings,
+                self._run_id,
+                self._rows,
+                str(self._directory),
+                self._delivered,
+                self._notice,
+                self._opened,
+            )
+        return SwanLabRun(self._settings, self._run_id, list(self._run_dirs), self._notice, self._opened)
+
+    def _opened(self, sink: Sink) -> None:
+        if sink.run_dir:
+            self._run_dirs.append(sink.run_dir)
+        self._journal.append(Opened(mode=sink.mode, run_dir=sink.run_dir, url=sink.url))
+        self._journal.settled(DURABLE_S)
+
+    def _delivered(self, rows: int) -> None:
+        self._rows = rows
+        if time.monotonic() - self._rows_noted_at > QUIET_TICK_S:
+            self._note_rows()
+
+    def _note_rows(self) -> None:
+        if self._rows > self._rows_noted:
+            self._rows_noted, self._rows_noted_at = self._rows, time.monotonic()
+            self._journal.append(Delivered(rows=self._rows))
+
+    # What the journal's thread reports.
+
+    def _on_commit(self, committed: list[tuple[Entry, Position]]) -> None:
+        with self._lock:
+            for entry, position in committed:
+                self._committed = position
+                if isinstance(entry, Batch):
+                    rank = self._ranks.get(entry.rank)
+                    if rank is not None and rank.hello.life == entry.life:
+                        rank.durable = entry.seq + 1
+                        rank.received += entry.events
+            # In order with a reducer that is being opened: it begins with what is committed by then.
+            self._views.put(committed)
+
+    def _forward(self, entry: Entry, events: list[Event] | None, position: Position) -> None:
+        if self._reducer is not None:
+            self._reducer.put(entry, events, position)
+
+    def _on_trouble(self, error: OSError | None) -> None:
+        if error is None:
+            self._notice("The journal is written again.")
+            return
+        self._notice(
+            f"The journal cannot be written in {self._directory} ({error.strerror or error}). The training goes on; "
+            "ranks keep what they log, in memory and then on their own disks, until it can."
+        )
+
+    def _on_fenced(self) -> None:
+        with self._lock:
+            self._fenced = True
+        self._notice(
+            f"Another writer has taken over run {self._run_id}; this one (pid {os.getpid()}) has stopped. If these are "
+            "two jobs, give each its own OBSERVER_RUN_ID."
+        )
+        if self._reducer is not None:
+            self._reducer.abandon(close=False)
+
     # What ranks call, in order.
 
     @ray.method(concurrency_group="io")
-    def hello(self, hello: Hello) -> Welcome:
+    def hello(self, hello: Hello) -> Ack:
         """A rank arrives, or comes back after a broken connection.
 
         Raises:
             RunEnded: this run is closing.
+            Fenced: another writer has taken over.
         """
         with self._lock:
-            if self._end is not None:
-                raise RunEnded(self._run_id)
-            if self._pipeline is None:
-                self._pipeline = Pipeline(self._settings, self._run_id, self._notices)
-                self._world_size = hello.world_size
+            self._check_open()
+            if self._over is not None and hello.life in self._past_lives:
+                self._end = self._over.state, self._over.error  # nobody needs this writer
+                raise RunEnded(self._run_id)  # the rank was there, and missed the answer to its goodbye
+            if self._reducer is None:
+                self._open_reducer()
             known = self._ranks.get(hello.rank)
             if known is None or known.hello.life != hello.life:
                 known = self._arrive(hello, known)
-            elif known.state == "lost":
-                known.state = "running"
-            known.hello, known.heard = hello, time.monotonic()
+            elif known.state != "running":
+                self._come_back(known)
+            known.hello, known.heard, known.restored = hello, time.monotonic(), False
             if hello.next_seq > known.next_seq:
-                # An earlier incarnation of this writer acknowledged these.
-                self._notice(
-                    f"{hello.next_seq - known.next_seq} batches of rank {hello.rank} went to a writer that is gone: "
-                    "what it had not written yet is lost."
-                )
-                known.next_seq = hello.next_seq
-            self._members_changed()
-            return Welcome(
-                next_seq=known.next_seq,
-                flush_interval=self._flush_interval(),
-                notices=self._take_notices(known),
-            )
+                self._close_gap(hello, known)
+            return self._ack(known)
 
-    def _arrive(self, hello: Hello, earlier: _Rank | None) -> _Rank:
-        pipeline = self._opened
-        pipeline.restart_rank(hello.rank)
-        rank = _Rank(hello, time.monotonic(), 0, pipeline.ranks[hello.rank])
+    def _arrive(self, hello: Hello, earlier: Member | None) -> Member:
+        rank = Member(hello, time.monotonic(), self._views.restart_rank(hello.rank, hello.life))
+        rank.earlier = self._past.get(hello.rank, (0, Counts()))
+        restarted = False
         if earlier is not None:
-            rank.view.received, rank.dropped = earlier.view.received, earlier.dropped
-            if earlier.state == "running" and self._alive(earlier) is not False:
+            restarted = earlier.state != "running" or earlier.restored or self._alive(earlier) is False
+            if restarted:
+                self._note_restart(earlier)
+            else:
                 self._notice(
                     f"Rank {hello.rank} said hello twice, from {earlier.hello.host} (pid {earlier.hello.pid}) and from "
                     f"{hello.host} (pid {hello.pid}): if these are two jobs, give each its own OBSERVER_RUN_ID."
                 )
+            if earlier.state == "running":
+                earlier.state, earlier.error, earlier.ended_ns = "lost", "it was started again", time.time_ns()
+                earlier.count_killed()
+                self._note_end(earlier)
+            rank.earlier = earlier.account()
         if hello.world_size != self._world_size:
-            others = [r for r in self._ranks.values() if r.state == "running" and r.hello.rank != hello.rank]
-            if others:
+            others = [
+                r
+                for r in self._ranks.values()
+                if r.state == "running" and not r.restored and r.hello.world_size != hello.world_size
+            ]
+            if others and not restarted:
                 sentence = (
                     f"Rank {hello.rank} says the world size is {hello.world_size}, but the run began with "
                     f"{self._world_size}: check RANK and WORLD_SIZE, or give each job its own OBSERVER_RUN_ID."
                 )
                 rank.view.notices.append(sentence)
                 self._notice(sentence)
-            self._world_size = hello.world_size if not others else max(self._world_size, hello.world_size)
+            alone = restarted or not others
+            self._world_size = hello.world_size if alone else max(self._world_size, hello.world_size)
+            # Ranks of a larger world that an earlier session had.
+            self._ranks = {
+                n: r
+                for n, r in self._ranks.items()
+                if n < self._world_size or (r.state == "running" and not r.restored and not alone)
+            }
         self._ranks[hello.rank] = rank
+        self._journal.append(arrived(hello))
         stderr(f"rank {hello.rank} of {hello.world_size}: {hello.host}, pid {hello.pid}, {hello.gpu or 'CPU'}")
         return rank
 
+    def _note_restart(self, earlier: Member) -> None:
+        """Tell that the launcher has started the job again, once for all of its ranks."""
+        if earlier.state == "success":
+            return
+        number = earlier.hello.rank
+        if self._restarted and number not in self._restarted:
+            self._restarted.add(number)
+            return
+        self._restarted = {number}
+        self._restarts += 1
+        failed = {n: r for n, r in self._ranks.items() if r.state not in ("running", "success")}
+        cause = verdict(failed, 0)[1] if failed else "its ranks had ended without a word"
+        times = f" ({self._restarts} times)" if self._restarts > 1 else ""
+        self._notice(f"{RESTARTED} after {(cause or '').splitlines()[0]}{times}")
+
+    def _come_back(self, rank: Member) -> None:
+        """A rank that counted as lost, or had said how it would end, is heard again."""
+        rank.state, rank.error = "running", None
+        self._journal.append(Returned(rank=rank.hello.rank, life=rank.hello.life))
+
+    def _close_gap(self, hello: Hello, rank: Member) -> None:
+        """The rank was told that earlier batches are on disk, and this incarnation has not read them."""
+        try:
+            life = self._summarise().lives.get((hello.rank, hello.life))
+        except (OSError, UnknownFormat):
+            life = None
+        if life is not None and life.next_seq > rank.next_seq:
+            rank.next_seq = rank.durable = life.next_seq
+            rank.received = life.events
+        if hello.next_seq > rank.next_seq:
+            self._notice(
+                f"Batches {rank.next_seq} to {hello.next_seq - 1} of rank {hello.rank} are in the journal of an "
+                f"earlier writer that is not here ({self._directory}): it was on another machine. Give swanlab-ray "
+                "sync both directories, or put log_dir on a shared disk."
+            )
+            rank.next_seq = rank.durable = hello.next_seq
+
     @ray.method(concurrency_group="io")
-    def ingest(self, rank: int, life: str, seq: int, batch: bytes) -> Ack:
+    def ingest(self, rank: int, life: str, seq: int, events: int, batch: bytes) -> Ack:
         """Take a batch; anything but the one that is due is answered with what is due (go-back-N).
+
+        The answer says what is on disk so far, which this batch need not be yet.
 
         Raises:
             RunEnded: this run is closing.
+            Fenced: another writer has taken over.
             KeyError: the rank did not say hello to this incarnation.
         """
         with self._lock:
-            if self._end is not None:
-                raise RunEnded(self._run_id)
+            self._check_open()
             sender = self._ranks[rank]
-            if sender.hello.life != life:
-                raise KeyError(f"rank {rank} has a newer life")
-            sender.heard = time.monotonic()
+            if sender.hello.life != life or sender.restored:
+                raise KeyError(f"rank {rank} has not said hello to this writer in this life")
+            sender.heard = self._last_batch = time.monotonic()
             if sender.state == "lost":
-                sender.state = "running"
-                self._members_changed()
-            if seq == sender.next_seq:
+                self._come_back(sender)
+            if seq == sender.next_seq and self._journal.queued_bytes + self._views.backlog < BACKLOG_BYTES:
                 sender.next_seq += 1
-                self._opened.put(rank, batch)
-            return Ack(sender.next_seq, self._flush_interval(), self._take_notices(sender))
+                self._journal.append(Batch(rank, life, seq, time.time_ns(), events, batch))
+            return self._ack(sender)
 
     @ray.method(concurrency_group="io")
     def goodbye(self, goodbye: Goodbye) -> Farewell:
-        """A rank ends."""
-        if self._pipeline is not None and self._pipeline.backlog < SMALL_BACKLOG_BYTES:
-            self._pipeline.settled(SETTLE_S)  # so that it still hears of values that were rejected
+        """A rank ends. Answered when that is on disk, or the disk is slow."""
+        if self._views.backlog < SMALL_BACKLOG_BYTES:
+            self._views.settled(SETTLE_S)  # so that it still hears of values that were rejected
         with self._lock:
+            if self._fenced:
+                raise Fenced(self._run_id)
             rank = self._ranks.get(goodbye.rank)
             notices = []
             if rank is not None and rank.hello.life == goodbye.life:
                 rank.state, rank.error, rank.ended_ns = goodbye.state, goodbye.error, goodbye.time_ns
-                rank.logged, rank.dropped = goodbye.logged, goodbye.dropped
+                rank.counted = goodbye.counted
                 rank.heard = time.monotonic()
                 notices = self._take_notices(rank)
-                self._members_changed()
+                self._note_end(rank)
                 stderr(f"rank {goodbye.rank} ended: {goodbye.state}{' - ' + goodbye.error if goodbye.error else ''}")
             self._maybe_end()
-            return Farewell(self._end is not None, notices)
+            last = self._end is not None
+        self._journal.settled(DURABLE_S)
+        return Farewell(last, notices)
 
     # What is answered beside them.
 
     @ray.method(concurrency_group="query")
-    def beat(self, beat: Beat) -> bool:
-        """A sign of life. False: this writer does not know the rank, which must say hello again."""
+    def beat(self, beat: Beat) -> Ack | None:
+        """A sign of life. None: this writer does not know the rank, which must say hello again."""
         with self._lock:
             rank = self._ranks.get(beat.rank)
-            if rank is None or rank.hello.life != beat.life:
-                return False
+            if self._fenced or self._end is not None or rank is None or rank.hello.life != beat.life or rank.restored:
+                return None
             rank.heard = time.monotonic()
-            rank.logged, rank.dropped = beat.logged, beat.dropped
+            rank.counted = beat.counted
+            if beat.doing is not None:
+                self._health.beat(beat.rank, beat.life, beat.doing, rank.heard)
             if rank.state == "lost":
-                rank.state = "running"
-                self._members_changed()
-            return self._end is None
+                self._come_back(rank)
+            return self._ack(rank)
 
     @ray.method(concurrency_group="query")
     def status(self) -> WriterStatus:
@@ -222,75 +511,99 @@ class Writer:
             return self._status()
 
     def _status(self) -> WriterStatus:
-        now, pipeline = time.monotonic(), self._pipeline
+        now = time.monotonic()
         state, error = self._end or ("running", None)
         views = [rank.view for rank in self._ranks.values()]
         losses = [view.loss for view in views if view.loss is not None]
-        loss = pipeline.loss if pipeline else None
-        run = pipeline.run if pipeline else None
+        loss = self._views.loss
+        reducer = self._reducer
+        sink = reducer.sink if reducer else None
+        ranks = [rank.status(now, self._health.doing(rank.hello, now)) for _, rank in sorted(self._ranks.items())]
         return WriterStatus(
             run_id=self._run_id,
             project=self._settings.project or "",
             experiment=self._settings.experiment_name,
-            mode=run.mode if run else self._settings.mode,
+            mode=self._settings.mode,
             state=state,
             error=error,
-            closed=run is not None and run.closed.is_set(),
+            closed=self._closed.is_set(),
+            pid=os.getpid(),
             world_size=self._world_size,
-            ranks=[self._rank_status(number, rank, now) for number, rank in sorted(self._ranks.items())],
+            ranks=ranks,
             step=max((view.step for view in views if view.step is not None), default=None),
-            max_steps=pipeline.job.max_steps if pipeline else 0,
-            epoch=pipeline.job.epoch if pipeline else None,
+            max_steps=self._views.job.max_steps,
+            epoch=self._views.job.epoch,
             loss=loss if loss is not None or not losses else sum(losses) / len(losses),
-            received=pipeline.received if pipeline else 0,
-            written=run.written if run else 0,
-            thinned=run.thinned if run else 0,
-            withheld=run.withheld if run else 0,
-            late=pipeline.late if pipeline else 0,
-            rejected=pipeline.rejected if pipeline else 0,
-            dropped=sum(rank.dropped for rank in self._ranks.values()) + (pipeline.dropped if pipeline else 0),
-            lag=pipeline.lag() if pipeline else 0.0,
-            run_dir=run.run_dir if run else None,
-            url=run.url if run else None,
+            learning_rate=self._views.learning_rate,
+            journal=str(self._directory),
+            received=sum(rank.received for rank in ranks),
+            written=sink.written if sink else 0,
+            thinned=sink.thinned if sink else 0,
+            withheld=sink.withheld if sink else 0,
+            completions=reducer.completions.taken if reducer else 0,
+            completions_dropped=self._completions_dropped(reducer) if reducer else 0,
+            hang=self._health.hang,
+            straggler=str(reducer.timings.straggler or "") or None if reducer else None,
+            spans_dropped=reducer.timings.dropped if reducer else 0,
+            late=reducer.late if reducer else 0,
+            rejected=self._views.rejected,
+            spooled=sum(rank.spooled for rank in ranks),
+            dropped=sum(rank.dropped for rank in ranks),
+            killed=sum(rank.account()[1].dropped.get(KILLED, 0) for rank in self._ranks.values()),
+            lag=reducer.lag() if reducer else 0.0,
+            run_dir=sink.run_dir if sink else None,
+            url=sink.url if sink else None,
             notices=list(self._notices),
         )
 
     @staticmethod
-    def _rank_status(number: int, rank: _Rank, now: float) -> RankStatus:
-        return RankStatus(
-            rank=number,
-            host=rank.hello.host,
-            pid=rank.hello.pid,
-            gpu=rank.hello.gpu,
-            state=rank.state,
-            step=rank.view.step,
-            loss=rank.view.loss,
-            step_time=rank.view.step_time,
-            silent=now - rank.heard,
-            logged=max(rank.logged, rank.view.received),
-            received=rank.view.received,
-            dropped=rank.dropped,
-        )
+    def _completions_dropped(reducer: Reducer) -> int:
+        return reducer.completions.dropped + reducer.sink.completions_lost
 
     # The writer's own clock.
 
     def _tick_forever(self) -> None:
-        next_line = 0.0
+        next_line, before = 0.0, time.monotonic()
         while True:
             time.sleep(TICK_S)
             now = time.monotonic()
+            if now - before > 2 * BEAT_S:  # this process was paused, and could hear nobody
+                with self._lock:
+                    self._health.paused(now - before, now)
+                    for rank in self._ranks.values():
+                        rank.heard += now - before
+            before = now
             try:
                 with self._lock:
-                    self._notice_lost_ranks(now)
-                    self._maybe_end()
+                    if not self._fenced:
+                        self._notice_lost_ranks(now)
+                        self._notice_hang(now)
+                        self._maybe_end()
+                        self._keep_time(now)
                 if now >= next_line:
                     next_line = now + STATUS_LINE_S
                     stderr(status_line(self.status()))
+                    if not self._fenced:
+                        self._tell()
             except Exception:  # without this thread the run would never end
                 stderr(traceback.format_exc())
-            if self._end is not None:
+            if self._end is not None or (self._fenced and self._deserted(now)):
                 self._leave()
                 return
+
+    def _keep_time(self, now: float) -> None:
+        """Put time into the journal while nothing else does, for values that wait for silent ranks."""
+        quiet = now - max(self._last_batch, self._last_tick) > QUIET_TICK_S
+        if quiet and self._reducer is not None and self._reducer.waiting:
+            self._last_tick = now
+            self._journal.append(Tick())
+        if now - self._rows_noted_at > QUIET_TICK_S:
+            self._note_rows()
+
+    def _deserted(self, now: float) -> bool:
+        """Whether no rank asks a writer any more that has been replaced."""
+        heard = max((rank.heard for rank in self._ranks.values()), default=self._born)
+        return now - heard > self._settings.rank_timeout
 
     def _notice_lost_ranks(self, now: float) -> None:
         failed = any(rank.state not in ("running", "success") for rank in self._ranks.values())
@@ -301,26 +614,50 @@ class Writer:
             silent = now - rank.heard
             gone = silent > 2 * BEAT_S and self._alive(rank) is False
             # What it sent before may still wait in the pipeline, and say how it ended.
-            if (gone or silent > timeout) and self._opened.behind() < silent:
+            if (gone or silent > timeout) and self._views.behind() < silent:
                 rank.state = "lost"
                 # It was heard every BEAT_S at least, so it fell about then; its peers' errors came of it.
                 rank.ended_ns = time.time_ns() - int((silent - BEAT_S / 2) * 1e9)
-                rank.error = "its process is gone (killed?)" if gone else f"no sign of life for {timeout:.0f} s"
+                if gone:
+                    rank.error = "its process is gone (killed?)"
+                else:
+                    state = self._process_state(rank)
+                    rank.error = f"no sign of life for {timeout:.0f} s" + (f": {why_silent(state)}" if state else "")
                 outcome = rank.view.outcome
                 if outcome is not None and outcome.state is not None:
                     rank.state, rank.error, rank.ended_ns = outcome.state, outcome.error, outcome.time_ns
                 stderr(f"rank {number} is gone: {rank.state}{' - ' + rank.error if rank.error else ''}")
-                self._members_changed()
+                rank.count_killed()
+                self._note_end(rank)
 
-    def _alive(self, rank: _Rank) -> bool | None:
+    def _notice_hang(self, now: float) -> None:
+        told = self._health.hang
+        over = self._health.look(self._ranks.values(), now, time.time())
+        hang = self._health.hang
+        if hang is not None and hang is not told:
+            self._notice(standstill(hang))
+        if over is not None:
+            self._notice(f"{MOVES_AGAIN} at {time.strftime('%H:%M:%S')}, after {duration(over.seconds)} without one.")
+
+    def _take_stacks(self, rank: int, life: str, stacks: Stacks) -> None:
+        with self._lock:
+            self._health.take(rank, life, stacks)
+
+    def _alive(self, rank: Member) -> bool | None:
         """Whether the rank's process exists, where this process could see it."""
+        if rank.hello.pid_namespace != self._pid_namespace:
+            return None
+        return self._process_state(rank) not in (None, "Z", "X")
+
+    def _process_state(self, rank: Member) -> str | None:
+        """As Linux names it; None where it cannot be seen, or is gone."""
         if rank.hello.pid_namespace != self._pid_namespace:
             return None
         try:
             with open(f"/proc/{rank.hello.pid}/stat") as stat:
-                return stat.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+                return stat.read().rpartition(")")[2].split()[0]
         except OSError:
-            return False
+            return None
 
     def _maybe_end(self) -> None:
         if self._end is not None:
@@ -335,56 +672,101 @@ class Writer:
             last = max((rank.heard for rank in self._ranks.values()), default=self._born)
             if now - last < patience:
                 return
-        self._end = self._verdict()
-        if self._pipeline is not None:
-            self._pipeline.finish(*self._end)
-
-    def _verdict(self) -> tuple[State, str | None]:
-        """Success only if every rank finished; else the first failure is the cause."""
-        bad = sorted((r for r in self._ranks.values() if r.state != "success"), key=lambda r: r.ended_ns)
-        if bad:
-            first = bad[0]
-            where = f"rank {first.hello.rank} ({first.hello.host}, pid {first.hello.pid})"
-            if first.state == "lost":
-                also = ", ".join(str(r.hello.rank) for r in bad[1:] if r.state == "lost")
-                return "crashed", f"{where} was lost: {first.error}" + (f"; then lost: rank {also}" if also else "")
-            state: State = "aborted" if first.state == "aborted" else "crashed"
-            return state, f"{where}: {first.error or first.state}"
-        absent = sorted(set(range(self._world_size)) - set(self._ranks))
-        if absent or not self._ranks:
-            names = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
-            return "crashed", f"of {self._world_size} ranks, {len(absent)} never reported (rank {names})"
-        return "success", None
+        if self._over is not None and not self._ranks:  # nobody came to go on with it
+            self._end = self._over.state, self._over.error
+            return
+        end = verdict(self._ranks, self._world_size)
+        restarts = any(rank.hello.restarts > self._restarts for rank in self._ranks.values())
+        if end[0] == "crashed" and restarts and now - max(r.heard for r in self._ranks.values()) < RESTART_S:
+            return  # the launcher may start it again
+        self._end = end
+        finished = Finished(state=self._end[0], error=self._end[1])
+        if self._reducer is not None:
+            self._reducer.finish(finished)
+        self._journal.append(finished)
 
     def _leave(self) -> None:
-        """Close SwanLab's run, let watchers read the end, and end this actor for good."""
-        if self._pipeline is not None:
-            self._pipeline.run.closed.wait(CLOSE_DEADLINE_S)
-            stderr(status_line(self.status()))
-            time.sleep(LINGER_S)
-        if ray.is_initialized():
+        """Close SwanLab's run and the journal, let watchers read the end, and end this actor for good."""
+        reducer = self._reducer
+        if reducer is not None and not self._fenced:
+            self._wait_closed(reducer)
+            self._tell_end()
+            sink = reducer.sink
+            complete = sink.complete and reducer.closed
+            self._note_rows()
+            self._journal.append(
+                Closed(
+                    written=sink.written,
+                    thinned=sink.thinned,
+                    withheld=sink.withheld,
+                    complete=complete,
+                    completions=reducer.completions.taken,
+                    completions_dropped=self._completions_dropped(reducer),
+                )
+            )
+        self._journal.close(JOURNAL_DEADLINE_S)
+        self._closed.set()
+        stderr(status_line(self.status()))
+        time.sleep(LINGER_S)
+        if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
             # Unlike ray.kill this runs atexit and does not restart the actor.
             ray.get_runtime_context().current_actor.__ray_terminate__.remote()
 
+    def _tell(self) -> None:
+        status = self.status()
+        for fired in self._reducer.fired() if self._reducer else ():
+            self._notifications.fire(fired, status, time.time())
+        self._notifications.look(status, time.time())
+
+    def _tell_end(self) -> None:
+        try:
+            self._tell()
+            left = self._notifications.end(self.status(), time.time(), LARK_DEADLINE_S)
+        except Exception:  # this actor must end all the same
+            stderr(traceback.format_exc())
+        else:
+            if left:
+                self._notice(f"Lark did not take {left} notifications within {LARK_DEADLINE_S:.0f} s.")
+
+    def _wait_closed(self, reducer: Reducer) -> None:
+        deadline = time.monotonic() + CLOSE_DEADLINE_S
+        if not self._journal.settled(JOURNAL_DEADLINE_S):
+            if self._fenced:
+                return  # the run is another writer's now
+            self._notice("The journal takes nothing any more; SwanLab's run is closed with what was acknowledged.")
+            reducer.abandon(close=True)
+        while not reducer.closed and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if not reducer.closed:
+            self._notice(
+                f"SwanLab did not take everything within {CLOSE_DEADLINE_S:.0f} s; the journal is complete, upload it "
+                f"with: swanlab-ray sync {self._directory}"
+            )
+
     # Small helpers, called with the lock held.
 
-    @property
-    def _opened(self) -> Pipeline:
-        assert self._pipeline is not None, "a rank says hello first"
-        return self._pipeline
+    def _check_open(self) -> None:
+        if self._fenced:
+            raise Fenced(f"another writer has taken over run {self._run_id}")
+        if self._end is not None:
+            raise RunEnded(self._run_id)
 
-    def _members_changed(self) -> None:
-        running = {number for number, rank in self._ranks.items() if rank.state == "running"}
-        self._opened.set_ranks(running, missing=max(0, self._world_size - len(self._ranks)))
+    def _ack(self, rank: Member) -> Ack:
+        return Ack(rank.durable, rank.next_seq, self._flush_interval(), self._take_notices(rank), self._health.asks)
+
+    def _note_end(self, rank: Member) -> None:
+        self._journal.append(rank.end())
 
     def _flush_interval(self) -> float:
         return max(FLUSH_INTERVAL_S, self._world_size / CALLS_PER_SECOND)
 
     def _notice(self, sentence: str) -> None:
-        self._notices.append(sentence)
+        if sentence not in self._notices:
+            self._notices.append(sentence)
+            self._journal.append(Alert(text=sentence))
         stderr(sentence)
 
-    def _take_notices(self, rank: _Rank) -> list[str]:
+    def _take_notices(self, rank: Member) -> list[str]:
         notices, rank.view.notices = rank.view.notices, []
         if rank.hello.rank == 0:
             # What concerns the whole run is told once, on rank 0.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from swanlab_ray.observer.callback import ObserverCallback
     from swanlab_ray.observer.session import Observer, connect, current
     from swanlab_ray.observer.tracker import ObserverTracker
+    from swanlab_ray.observer.upload import sync
 
 _HOMES = {
     "ObserverSettings": "swanlab_ray.actors.settings",
@@ -22,6 +23,7 @@ _HOMES = {
     "connect": "swanlab_ray.observer.session",
     "current": "swanlab_ray.observer.session",
     "ObserverTracker": "swanlab_ray.observer.tracker",
+    "sync": "swanlab_ray.observer.upload",
 }
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "SettingsError",
     "connect",
     "current",
+    "sync",
 ]
 
 

@@ -12,9 +12,12 @@ from typing import Any, TypeVar
 from transformers import Trainer, TrainerCallback
 
 from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.observer import completions
+from swanlab_ray.observer.completions import CompletionCapture
 from swanlab_ray.observer.describe import run_config
 from swanlab_ray.observer.exits import describe
 from swanlab_ray.observer.notices import logger
+from swanlab_ray.observer.phases import Phases
 from swanlab_ray.observer.session import Observer, connect
 
 _TOTALS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
@@ -42,8 +45,8 @@ class ObserverCallback(TrainerCallback):
     """Reports a Trainer to the run's writer.
 
     Rank 0 sends what the Trainer logs, which is reduced over ranks already, under the names of SwanLab's own callback
-    (``train/loss``, ``eval/loss``), and the configuration. Every rank sends its progress, its own ``loss`` and its
-    ``step_time`` (seconds, with the wait for data).
+    (``train/loss``, ``eval/loss``), and the configuration. Every rank sends its progress, its own ``loss``, its
+    ``step_time`` (seconds, with the wait for data), the phases of its steps as spans, and completions.
 
     Args:
         settings: see :class:`ObserverSettings`; by default read from the environment.
@@ -64,6 +67,8 @@ class ObserverCallback(TrainerCallback):
         self._mark = 0.0
         self._loss: Any = None
         self._configured = False
+        self._capture: CompletionCapture | None = None
+        self._phases: Phases | None = None
 
     def attach(self, trainer: Any) -> ObserverCallback:
         """Watch a trainer. Only needed for one that was made before this callback was added to it."""
@@ -100,6 +105,28 @@ class ObserverCallback(TrainerCallback):
         self._mark = time.perf_counter()
         self._tell_progress(state)
         self._configure(observer, args, state, kwargs.get("model"))
+        self._capture_completions(observer)
+        self._measure_phases(observer)
+
+    @_never_raises
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._phases is not None:
+            self._phases.begin_step()
+
+    @_never_raises
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._phases is not None:
+            self._phases.begin_optimizer()
+
+    @_never_raises
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._phases is not None:
+            self._phases.end_optimizer()
+
+    @_never_raises
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.observer is not None:
+            self.observer.spans.moved()  # a long evaluation is no hang
 
     @_never_raises
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -146,7 +173,7 @@ class ObserverCallback(TrainerCallback):
 
     @_never_raises
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._training = False
+        self._end_training()
         self._tell_progress(state)
         self._settle("success", None)
 
@@ -156,6 +183,32 @@ class ObserverCallback(TrainerCallback):
         if self.observer is None or self.observer.finished:
             self.observer = connect(self.settings)
         return self.observer
+
+    def _capture_completions(self, observer: Observer) -> None:
+        trainer = self._trainer() if self._trainer is not None else None
+        if trainer is not None:
+            self._capture = completions.attach(trainer, observer)
+            if self._capture is not None:
+                self._capture.step_offset = self._offset
+
+    @_never_raises
+    def _measure_phases(self, observer: Observer) -> None:
+        trainer = self._trainer() if self._trainer is not None else None
+        if trainer is not None:
+            if self._phases is None:
+                self._phases = Phases(trainer, observer.spans)
+            self._phases.step_offset = self._offset
+            observer.spans.step = self._offset + trainer.state.global_step
+
+    @_never_raises
+    def _end_training(self) -> None:
+        self._training = False
+        if self._phases is not None:  # it wraps what the capture has wrapped
+            self._phases.remove()
+            self._phases = None
+        if self._capture is not None:
+            self._capture.detach()
+            self._capture = None
 
     def _settle(self, state: Any, error: str | None) -> None:
         if self.observer is None:
@@ -204,7 +257,7 @@ class ObserverCallback(TrainerCallback):
             try:
                 return train(*args, **kwargs)
             except BaseException as error:
-                self._training = False
+                self._end_training()
                 self._settle(*describe(error))
                 raise
 

@@ -1,7 +1,10 @@
 """From the training thread to the writer: a bounded deque, and one thread that empties it.
 
-The training thread only appends. The flusher thread joins events to batches, keeps each until it is acknowledged, has
-at most :data:`WINDOW` of them under way, and after a broken connection sends again from where the writer stands.
+The training thread only appends. The flusher thread joins events to batches, keeps each until the writer has it on
+disk, has at most :data:`WINDOW` of them under way, and after a broken connection sends again from where the writer
+stands. What does not fit in memory meanwhile goes to a spool on this machine's disk, and from there to the writer.
+
+The order of a rank's events is: acknowledged, window, spool, unsent, queue.
 """
 
 from __future__ import annotations
@@ -16,28 +19,45 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from swanlab_ray.actors.members import arrived
 from swanlab_ray.actors.protocol import (
     BATCH_BYTES,
     BEAT_S,
     EVENTS_PER_BATCH,
     Ack,
     Beat,
+    Counted,
     Farewell,
     Goodbye,
     Hello,
-    Welcome,
     WriterStatus,
     encode_batch,
 )
-from swanlab_ray.observer.link import CALL_DEADLINE_S, LinkBroken
+from swanlab_ray.actors.records import Counts, Ended, Entry
+from swanlab_ray.observer.link import CALL_DEADLINE_S, LinkBroken, RunOver
 from swanlab_ray.observer.notices import logger, warn_once
+from swanlab_ray.observer.pulse import Pulse
+from swanlab_ray.observer.spool import Spool
 from swanlab_ray.observer.values import Deferred
 
 CAPACITY = 65_536
 """Events the training thread may be ahead of the flusher; the oldest go first and are counted."""
 UNSENT_BYTES = 64 << 20
-"""Bytes of events kept while the writer cannot be reached."""
+"""Bytes of events kept in memory while the writer cannot be reached; the oldest go to the spool."""
 WINDOW = 4
+HOLD_S = 0.2
+"""Pause after the writer had no room for a batch."""
+COLLECTED_AT_END = 16
+"""Looks at the queue at the end: what is taken from it may put more there."""
+POLL_S = 0.002
+"""Pause before the first look for an acknowledgement that somebody waits for; it doubles."""
+
+# Why an event was dropped.
+OVERFLOW = "logged faster than it could be sent"
+NO_ROOM = "no room in memory or on disk while the writer was away"
+UNREAD = "a value could not be read"
+UNREADABLE = "the spool could not be read back"
+UNSENT = "not sent when the process ended"
 FLUSH_INTERVAL_S = 0.2
 RETRY_S = (0.2, 5.0)
 """First and longest pause between two attempts to connect."""
@@ -50,11 +70,11 @@ class Link(Protocol):
 
     run_id: str | None
 
-    def open(self, hello: Hello) -> Welcome: ...
-    def ingest(self, rank: int, life: str, seq: int, batch: bytes) -> Any: ...
+    def open(self, hello: Hello) -> Ack: ...
+    def ingest(self, rank: int, life: str, seq: int, events: int, batch: bytes) -> Any: ...
     def acknowledged(self, reference: Any, wait: float) -> Ack | None: ...
     def beat(self, beat: Beat) -> Any: ...
-    def beaten(self, reference: Any) -> bool | None: ...
+    def beaten(self, reference: Any) -> Ack | bool | None: ...
     def goodbye(self, goodbye: Goodbye, wait: float) -> Farewell: ...
     def wait_closed(self, deadline: float) -> WriterStatus | None: ...
     def close(self) -> None: ...
@@ -67,11 +87,13 @@ class ChannelStatistics:
     logged: int
     """Put in by this rank."""
     acknowledged: int
-    """Taken by the writer."""
-    dropped: int
-    """Given up because a bound was hit or the time for finishing ran out."""
+    """In the writer's journal, synced to disk."""
+    spooled: int
+    """On this machine's disk, not acknowledged yet."""
+    dropped: dict[str, int]
+    """Given up, by reason."""
     waiting: int
-    """Not acknowledged yet."""
+    """In memory, not acknowledged yet. ``logged = acknowledged + spooled + waiting + sum(dropped)``."""
     reconnections: int
     """Times the connection was opened again."""
 
@@ -81,8 +103,12 @@ class _Batch:
     seq: int
     events: int
     data: bytes
-    reference: Any = None
+    reference: Any = None  # of the answer, while that is waited for
     sent: float = 0.0
+    taken: bool = False
+    """The writer has it, on disk or on the way there."""
+    spooled: bool = False
+    """It is in the spool as well."""
 
 
 class Channel:
@@ -94,34 +120,51 @@ class Channel:
         life: unique to this process.
         hello: makes this rank's greeting, given the first batch it can still send.
         on_welcome: called on the flusher thread after the first connection.
+        make_spool: makes the place on disk, given the run id.
+        pulse: knows what this rank is doing.
     """
 
     def __init__(
-        self, link: Link, rank: int, life: str, hello: Callable[[int], Hello], on_welcome: Callable[[], None]
+        self,
+        link: Link,
+        rank: int,
+        life: str,
+        hello: Callable[[int], Hello],
+        on_welcome: Callable[[], None],
+        make_spool: Callable[[str], Spool],
+        pulse: Pulse,
     ) -> None:
         self._link = link
         self._rank = rank
         self._life = life
         self._hello = hello
         self._on_welcome = on_welcome
+        self._make_spool = make_spool
+        self._pulse = pulse
+        self._stacks_told = 0
         self.queue: deque[bytes | Deferred] = deque()
         """Encoded events the flusher has not taken yet. Append below :data:`CAPACITY`, else :meth:`put`."""
         self._unsent: deque[bytes] = deque()
         self._unsent_bytes = 0
+        self._spool: Spool | None = None
         self._window: deque[_Batch] = deque()
-        self._in_window = 0  # events in it
+        self._in_window = 0  # events in it that are not in the spool as well
         self._moving = threading.Lock()  # held while events change place, so that counts add up; never by put()
         self._next_seq = 0
         self._acknowledged = 0
-        self._dropped = 0
+        self._dropped: dict[str, int] = {}
         self._overflowed = 0
         self._connections = 0
         self._interval = FLUSH_INTERVAL_S
         self._connected = False
+        self._hold_until = 0.0
+        self._said_goodbye = False
+        self._poll = POLL_S
+        self._flushing = 0  # calls of flush() that wait
         self._beat: tuple[Any, float] | None = None
         self._last_beat = 0.0
         self._wake = threading.Event()
-        self._goodbye: Callable[[int, int], Goodbye] | None = None
+        self._goodbye: Callable[[Counted], Goodbye] | None = None
         self._finishing = self._deadline = math.inf  # monotonic: when finish() was called, and its deadline
         self.last_error: str | None = None
         self.outcome: WriterStatus | None = None
@@ -135,28 +178,34 @@ class Channel:
         """Append an event, or drop the oldest one to make room. Never blocks."""
         if len(self.queue) >= CAPACITY:
             with suppress(IndexError):  # the flusher has just taken it
-                self.queue.popleft()
+                oldest = self.queue.popleft()
                 self._overflowed += 1
+                if isinstance(oldest, Deferred):
+                    oldest.lost()
         self.queue.append(event)
 
     def flush(self, timeout: float) -> bool:
-        """Wait until the writer has everything put in so far; False after ``timeout`` seconds."""
+        """Wait until everything put in so far is in the writer's journal; False after ``timeout`` seconds."""
         target = self.statistics().logged
         deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline and not self.done.is_set():
-            statistics = self.statistics()
-            if statistics.acknowledged + statistics.dropped >= target:
-                return True
-            self._wake.set()
-            time.sleep(0.01)
+        self._flushing += 1
+        try:
+            while time.monotonic() < deadline and not self.done.is_set():
+                statistics = self.statistics()
+                if statistics.acknowledged + sum(statistics.dropped.values()) >= target:
+                    return True
+                self._wake.set()
+                time.sleep(0.01)
+        finally:
+            self._flushing -= 1
         return False
 
-    def finish(self, goodbye: Callable[[int, int], Goodbye], timeout: float) -> bool:
+    def finish(self, goodbye: Callable[[Counted], Goodbye], timeout: float) -> bool:
         """Send what is left, say goodbye, and wait; the last rank waits until the run is closed.
 
         Args:
-            goodbye: makes the message from the counts of logged and dropped events.
-            timeout: seconds after which the rest is given up and counted.
+            goodbye: makes the message from the final counts.
+            timeout: seconds after which the rest is spooled, or given up and counted.
 
         Returns:
             Whether everything was acknowledged.
@@ -164,13 +213,17 @@ class Channel:
         if not self._connected:
             logger.info("Waiting for the writer, %.0f s at the most ...", timeout)
         self._finishing = time.monotonic()
-        self._deadline = self._finishing + timeout
         self._goodbye = goodbye
+        return self.hurry(timeout)
+
+    def hurry(self, timeout: float) -> bool:
+        """Wait for a :meth:`finish` that is under way or over, and let it take no longer; returns what that does."""
+        self._deadline = min(self._deadline, time.monotonic() + timeout)
         self._wake.set()
         # Ray's own calls have deadlines; the slack lets the flusher notice its own first.
         self.done.wait(timeout + 5.0)
         statistics = self.statistics()
-        return self.done.is_set() and not statistics.waiting and not statistics.dropped
+        return self.done.is_set() and statistics.acknowledged == statistics.logged
 
     def statistics(self) -> ChannelStatistics:
         """Counts so far."""
@@ -179,10 +232,14 @@ class Channel:
 
     def _statistics(self) -> ChannelStatistics:
         waiting = len(self.queue) + len(self._unsent) + self._in_window
-        dropped = self._dropped + self._overflowed
+        spooled = self._spool.events if self._spool else 0
+        dropped = dict(self._dropped)
+        if self._overflowed:
+            dropped[OVERFLOW] = self._overflowed
         return ChannelStatistics(
-            logged=self._acknowledged + waiting + dropped,
+            logged=self._acknowledged + waiting + spooled + sum(dropped.values()),
             acknowledged=self._acknowledged,
+            spooled=spooled,
             dropped=dropped,
             waiting=waiting,
             reconnections=max(0, self._connections - 1),
@@ -198,26 +255,37 @@ class Channel:
                         pause = RETRY_S[0]
                     if self._turn():
                         break
-                    if self._goodbye is None and not self._unsent:
+                    if self._goodbye is None and not self._more_to_send():
                         self._wake.wait(self._interval)
                         self._wake.clear()
+                except RunOver as error:
+                    if self._said_goodbye and not self.statistics().waiting:
+                        break  # only the answer to the goodbye was lost
+                    self._connected, self._beat, self.last_error = False, None, str(error)
+                    if time.monotonic() >= min(self._deadline, self._finishing + UNREACHABLE_S):
+                        break
+                    self._wake.wait(RETRY_S[0])
+                    self._wake.clear()
                 except Exception as error:  # a broken link, or anything unforeseen: this thread must not end
                     self._connected = False
                     self._beat = None
                     self.last_error = str(error) if isinstance(error, LinkBroken) else traceback.format_exc()
                     if self._connections == 0:
-                        warn_once("unreachable", f"{self.last_error} - the training goes on; still trying.")
+                        warn_once(
+                            "unreachable", f"{self.last_error.rstrip('. ')} - the training goes on; still trying."
+                        )
                     else:
                         warn_once("away", f"The writer is away ({self.last_error}); events are kept until it is back.")
                     if time.monotonic() >= min(self._deadline, self._finishing + UNREACHABLE_S):
                         break
                     self._collect()
-                    time.sleep(pause if self._goodbye is None else 0.2)
+                    self._wake.wait(pause) if self._goodbye is None else time.sleep(0.2)
+                    self._wake.clear()
                     pause = min(pause * 2, RETRY_S[1])
         except BaseException:
             logger.warning("The observer of this rank stopped; the training goes on.\n%s", traceback.format_exc())
         finally:
-            self._give_up()
+            self._put_aside()
             self._leave()
             self.done.set()
 
@@ -225,36 +293,57 @@ class Channel:
         """One round: take events, send, collect acknowledgements. True when everything is said."""
         finishing = self._goodbye is not None
         self._collect()
+        self._pulse.look()
         self._fill_window()
-        # With more to send than the window takes, what there is to wait for is an acknowledgement.
-        self._read_acknowledgements(wait=0.1 if finishing or self._unsent else 0.0)
+        # With more to send than the window takes, what there is to wait for is an answer.
+        pressing = finishing or self._more_to_send() or self._flushing > 0
+        self._read_answers(wait=0.1 if pressing else 0.0)
         self._fill_window()
-        self._show_life()
-        if not finishing:
-            return False
-        if not (self._window or self._unsent or self.queue):
+        self._show_life(now=pressing and bool(self._window) and all(batch.taken for batch in self._window))
+        if finishing and not (self._window or self._more_to_send() or self.queue):
             self._say_goodbye()
             return True
-        if not self._window:
-            time.sleep(0.01)  # what is left waits for a GPU
-        return self._out_of_time()
+        if pressing and not any(batch.reference is not None for batch in self._window):
+            time.sleep(self._poll)  # for the disk, for room, or for a GPU
+            self._poll = min(2 * self._poll, FLUSH_INTERVAL_S)
+        if not finishing:
+            return False
+        if not self._out_of_time():
+            return False
+        self._put_aside()
+        self._say_goodbye()
+        return True
+
+    def _more_to_send(self) -> bool:
+        return bool(self._unsent) or (self._spool is not None and self._spool.unread > 0)
 
     def _connect(self) -> None:
-        first_unacknowledged = self._window[0].seq if self._window else self._next_seq
-        welcome = self._link.open(self._hello(first_unacknowledged))
+        spooled = self._spool.first if self._spool is not None else None
+        unacknowledged = [seq for seq in (self._window[0].seq if self._window else None, spooled) if seq is not None]
+        answer = self._link.open(self._hello(min(unacknowledged, default=self._next_seq)))
         self._connected = True
         self._connections += 1
-        self._heed(welcome)
-        self._forget_until(welcome.next_seq)
+        self._heed(answer)
         for batch in self._window:
-            self._send(batch)
+            batch.taken, batch.reference = batch.seq < answer.next_seq, None
+        self._hold_until = 0.0
         if self._connections == 1:
             self._on_welcome()
             self.ready.set()
 
-    def _heed(self, answer: Welcome | Ack) -> None:
+    def _heed(self, answer: Ack) -> None:
         self._interval = answer.flush_interval
         self._show(answer.notices)
+        self._forget_until(answer.durable)
+        for batch in self._window:
+            if batch.seq >= answer.next_seq:  # a writer that was restarted does not have it
+                batch.taken = False
+        if answer.stacks > self._stacks_told:
+            self._stacks_told = answer.stacks
+            event = self._pulse.stacks()
+            with self._moving:  # not through the queue, where a value may wait for a GPU that hangs
+                self._unsent.append(event)
+                self._unsent_bytes += len(event)
 
     @staticmethod
     def _show(notices: list[str]) -> None:
@@ -264,12 +353,14 @@ class Channel:
     def _collect(self) -> None:
         with self._moving:
             self._take_from_queue()
+        while self._unsent_bytes > UNSENT_BYTES:
+            self._spill()
         if self._dropped or self._overflowed:
-            warn_once("dropped", "Events are dropped: they are logged faster than they can be sent.")
+            reason = OVERFLOW if self._overflowed else next(iter(self._dropped))
+            warn_once("dropped", f"Events of this rank are dropped: {reason}.")
 
     def _take_from_queue(self) -> None:
-        """Move events out of the training thread's deque, within the byte bound."""
-        unsent = self._unsent
+        """Move events out of the training thread's deque."""
         for _ in range(len(self.queue)):
             try:
                 event = self.queue.popleft()
@@ -281,76 +372,137 @@ class Channel:
                         self.queue.appendleft(event)
                         break
                     event = event.encode()
-                except Exception as error:  # the GPU has failed; the rank's own error is still to be sent
-                    self._dropped += 1
-                    warn_once("gpu", f"A value could not be read from the GPU: {error}")
+                except Exception as error:  # perhaps the GPU has failed; the rank's own error is still to be sent
+                    self._drop(UNREAD, 1)
+                    warn_once("unread", f"A value could not be read: {error}")
                     continue
-            unsent.append(event)
+            self._unsent.append(event)
             self._unsent_bytes += len(event)
-        while self._unsent_bytes > UNSENT_BYTES:
-            self._unsent_bytes -= len(unsent.popleft())
-            self._dropped += 1
+
+    def _drop(self, reason: str, events: int) -> None:
+        self._dropped[reason] = self._dropped.get(reason, 0) + events
+
+    def _next_batch(self) -> _Batch:
+        """The oldest unsent events as a batch, counted as in the window from now on."""
+        with self._moving:
+            events: list[bytes] = []
+            size = 0
+            while self._unsent and len(events) < EVENTS_PER_BATCH and size < BATCH_BYTES:
+                events.append(self._unsent.popleft())
+                size += len(events[-1])
+            self._unsent_bytes -= size
+            self._in_window += len(events)
+        batch = _Batch(self._next_seq, len(events), encode_batch(events))
+        self._next_seq += 1
+        return batch
+
+    def _spill(self) -> None:
+        """Put the oldest unsent events on disk; drop them if there is no room."""
+        batch = self._next_batch()
+        try:
+            self._to_spool(batch)
+        except OSError as error:
+            self._next_seq -= 1
+            with self._moving:
+                self._in_window -= batch.events
+                self._drop(NO_ROOM, batch.events)
+            warn_once("spool", f"What this rank cannot send cannot be put on its disk either: {error}")
+
+    def _to_spool(self, batch: _Batch, held: bool = False) -> None:
+        """Append a batch to the spool, and before it those of the window, since it is in order."""
+        if self._spool is None:
+            if self._link.run_id is None:
+                raise OSError("the run has no id yet")
+            self._spool = self._make_spool(self._link.run_id)
+        for earlier in self._window:
+            if earlier is batch:
+                break
+            if not earlier.spooled:
+                self._put(earlier, held=True)
+        self._put(batch, held)
+
+    def _put(self, batch: _Batch, held: bool) -> None:
+        assert self._spool is not None
+        self._spool.put(batch.seq, batch.events, batch.data, held)
+        with self._moving:
+            self._spool.events += batch.events
+            batch.spooled = True
+            self._in_window -= batch.events
 
     def _fill_window(self) -> None:
-        while len(self._window) < WINDOW and self._unsent:
-            with self._moving:
-                events: list[bytes] = []
-                size = 0
-                while self._unsent and len(events) < EVENTS_PER_BATCH and size < BATCH_BYTES:
-                    events.append(self._unsent.popleft())
-                    size += len(events[-1])
-                self._unsent_bytes -= size
-                batch = _Batch(self._next_seq, len(events), encode_batch(events))
-                self._next_seq += 1
-                self._window.append(batch)
-                self._in_window += batch.events
-            self._send(batch)
+        while len(self._window) < WINDOW:
+            if self._spool is not None and self._spool.unread:
+                try:
+                    seq, events, data = self._spool.read()
+                except OSError as error:
+                    seq, lost = self._spool.give_up_first()
+                    events, data = 0, encode_batch([])  # its number is still waited for
+                    with self._moving:
+                        self._spool.events -= lost
+                        self._drop(UNREADABLE, lost)
+                    warn_once("spool", f"What this rank had put on its disk cannot be read back: {error}")
+                self._window.append(_Batch(seq, events, data, spooled=True))
+            elif self._unsent:
+                self._window.append(self._next_batch())
+            else:
+                break
+        if time.monotonic() >= self._hold_until:
+            for batch in self._window:
+                if not batch.taken and batch.reference is None:
+                    batch.sent = time.monotonic()
+                    batch.reference = self._link.ingest(self._rank, self._life, batch.seq, batch.events, batch.data)
 
-    def _send(self, batch: _Batch) -> None:
-        batch.sent = time.monotonic()
-        batch.reference = self._link.ingest(self._rank, self._life, batch.seq, batch.data)
-
-    def _read_acknowledgements(self, wait: float) -> None:
-        while self._window:
-            oldest = self._window[0]
-            ack = self._link.acknowledged(oldest.reference, wait)
-            if ack is None:
-                if time.monotonic() - oldest.sent > CALL_DEADLINE_S:
+    def _read_answers(self, wait: float) -> None:
+        for batch in [batch for batch in self._window if batch.reference is not None]:
+            answer = self._link.acknowledged(batch.reference, wait)
+            if answer is None:
+                if time.monotonic() - batch.sent > CALL_DEADLINE_S:
                     raise LinkBroken(f"The writer has not answered for {CALL_DEADLINE_S:.0f} s.")
                 return
-            self._heed(ack)
-            if ack.next_seq <= oldest.seq:
-                raise LinkBroken(f"The writer wants batch {ack.next_seq} again.")
-            self._forget_until(ack.next_seq)
+            batch.reference = None
+            batch.taken = answer.next_seq > batch.seq
+            if not batch.taken:
+                self._hold_until = time.monotonic() + HOLD_S
+            self._heed(answer)
 
-    def _forget_until(self, next_seq: int) -> None:
-        while self._window and self._window[0].seq < next_seq:
+    def _forget_until(self, seq: int) -> None:
+        while self._window and self._window[0].seq < seq:
+            self._poll = POLL_S
             with self._moving:
-                events = self._window.popleft().events
-                self._in_window -= events
-                self._acknowledged += events
+                batch = self._window.popleft()
+                if not batch.spooled:
+                    self._in_window -= batch.events
+                elif self._spool is not None:
+                    self._spool.events -= batch.events
+                self._acknowledged += batch.events
+            if batch.spooled and self._spool is not None:
+                self._spool.acknowledged(batch.seq + 1)
 
-    def _show_life(self) -> None:
-        now = time.monotonic()
+    def _show_life(self, now: bool) -> None:
+        """Send a sign of life when it is due, or ``now`` for the sake of its answer, which says what is on disk."""
+        moment = time.monotonic()
         if self._beat is not None:
-            known = self._link.beaten(self._beat[0])
-            if known is False:
-                raise LinkBroken("The writer does not know this rank any more.")
-            if known is None and now - self._beat[1] > CALL_DEADLINE_S:
-                raise LinkBroken(f"The writer has not answered for {CALL_DEADLINE_S:.0f} s.")
-            if known is None:
+            answer = self._link.beaten(self._beat[0])
+            if answer is None:
+                if moment - self._beat[1] > CALL_DEADLINE_S:
+                    raise LinkBroken(f"The writer has not answered for {CALL_DEADLINE_S:.0f} s.")
                 return
+            if not isinstance(answer, Ack):
+                raise LinkBroken("The writer does not know this rank any more.")
             self._beat = None
-        if now - self._last_beat >= BEAT_S:
-            self._last_beat = now
-            statistics = self.statistics()
-            self._beat = (self._link.beat(Beat(self._rank, self._life, statistics.logged, statistics.dropped)), now)
+            self._heed(answer)
+        if now or moment - self._last_beat >= BEAT_S:
+            self._last_beat = moment
+            self._beat = (self._link.beat(Beat(self._rank, self._life, self._counted(), self._pulse.doing())), moment)
+
+    def _counted(self) -> Counted:
+        statistics = self.statistics()
+        return Counted(statistics.logged, statistics.spooled, statistics.dropped)
 
     def _say_goodbye(self) -> None:
         assert self._goodbye is not None
-        statistics = self.statistics()
-        message = self._goodbye(statistics.logged, statistics.dropped)
-        farewell = self._link.goodbye(message, max(0.5, self._deadline - time.monotonic()))
+        self._said_goodbye = True
+        farewell = self._link.goodbye(self._goodbye(self._counted()), max(0.5, self._deadline - time.monotonic()))
         self._show(farewell.notices)
         if farewell.last:
             with suppress(LinkBroken):  # everything is said; a restarted writer has no use for this rank
@@ -360,18 +512,60 @@ class Channel:
     def _out_of_time(self) -> bool:
         return time.monotonic() >= self._deadline
 
-    def _give_up(self) -> None:
-        """Count what could not be sent."""
+    def _put_aside(self) -> None:
+        """Put what could not be sent on disk, and count what could not even be put there."""
+        if not self.statistics().waiting and not (self._spool and self._spool.events):
+            return
+        reason = self.last_error or "no time left"
+        for _ in range(COLLECTED_AT_END):
+            self._collect()
+        try:
+            for batch in self._window:
+                if not batch.spooled:
+                    self._to_spool(batch, held=True)
+            while self._unsent:
+                self._to_spool(self._next_batch(), held=True)
+            if self._spool is not None:
+                self._spool.close(*self._beginning_and_end())
+        except Exception as error:
+            reason = f"{reason}; {error}"
         with self._moving:
             left = self._statistics().waiting
-            self._dropped += left
+            if left:
+                self._drop(UNSENT, left)
             self.queue.clear()
             self._unsent.clear()
             self._window.clear()
             self._in_window = 0
+        spooled = self._spool.events if self._spool else 0
         if left:
-            reason = self.last_error or "no time left"
             logger.warning("%d events of this rank did not reach the writer: %s", left, reason)
+        if spooled and self._spool is not None:
+            logger.warning(
+                "%d events of this rank did not reach the writer (%s). They are kept in %s: bring the file to the "
+                "run's journal and upload both with `swanlab-ray sync`.",
+                spooled,
+                reason,
+                self._spool.path,
+            )
+
+    def _beginning_and_end(self) -> list[Entry]:
+        """For whoever puts spool and journal together: perhaps no writer will ever hear of this rank."""
+        entries: list[Entry] = [arrived(self._hello(0))]
+        if self._goodbye is not None:
+            said = self._goodbye(self._counted())
+            counts = Counts(logged=said.counted.logged, spooled=said.counted.spooled, dropped=said.counted.dropped)
+            entries.append(
+                Ended(
+                    rank=said.rank,
+                    life=said.life,
+                    state=said.state,
+                    error=said.error,
+                    ended_ns=said.time_ns,
+                    counts=counts,
+                )
+            )
+        return entries
 
     def _leave(self) -> None:
         try:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from typing import Any
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
 from swanlab_ray.actors.settings import MODES, ObserverSettings, SettingsError, check_writable
+
+if TYPE_CHECKING:
+    from swanlab_ray.actors.history import RunFiles
+    from swanlab_ray.observer.archive import Run
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,9 +32,10 @@ def main() -> None:
     "--ranks", default=2, show_default=True, type=click.IntRange(1, 64), help="Processes that train together."
 )
 @click.option("--steps", default=60, show_default=True, type=click.IntRange(1), help="Optimizer steps.")
+@click.option("--slow-rank", type=click.IntRange(0), help="Let the data loading of this rank sleep; see it named.")
 @click.option("--project", default="swanlab-ray-demo", show_default=True, help="SwanLab project.")
 @click.option("--log-dir", help="Where the run is kept.  [default: SWANLAB_LOG_DIR, else ./swanlog]")
-def demo(mode: str, ranks: int, steps: int, project: str, log_dir: str | None) -> None:
+def demo(mode: str, ranks: int, steps: int, slow_rank: int | None, project: str, log_dir: str | None) -> None:
     """Train a small Llama on this machine's CPU with torchrun, and watch every rank.
 
     Nothing is downloaded: the text is the source of Python's standard library.
@@ -35,6 +44,8 @@ def demo(mode: str, ranks: int, steps: int, project: str, log_dir: str | None) -
 
     if mode == "disabled":
         raise click.UsageError("The demo shows a run, so --mode disabled makes no sense: use local, offline or cloud.")
+    if slow_rank is not None and slow_rank >= ranks:
+        raise click.UsageError(f"--slow-rank {slow_rank} is none of the {ranks} ranks, which are 0 to {ranks - 1}.")
     values: dict[str, Any] = {"mode": mode, "project": project}
     if log_dir is not None:
         values["log_dir"] = log_dir
@@ -43,7 +54,7 @@ def demo(mode: str, ranks: int, steps: int, project: str, log_dir: str | None) -
         check_writable(settings.log_dir)
     except SettingsError as error:
         raise click.UsageError(str(error)) from None
-    sys.exit(run_demo(settings, ranks, steps, Console(highlight=False)))
+    sys.exit(run_demo(settings, ranks, steps, Console(highlight=False), slow_rank))
 
 
 @main.command(short_help="Show the runs in progress.")
@@ -76,6 +87,346 @@ def status(run_id: str | None, as_json: bool) -> None:
         console.print(watch.rank_table(one))
         for notice in one.notices:
             console.print(notice, markup=False)
+
+
+def _log_dir(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--log-dir",
+        envvar=["OBSERVER_LOG_DIR", "SWANLAB_LOG_DIR"],
+        default="swanlog",
+        type=click.Path(path_type=Path),
+        help="Where runs are kept.  [default: OBSERVER_LOG_DIR or SWANLAB_LOG_DIR, else ./swanlog]",
+    )(command)
+
+
+def _as_json(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")(command)
+
+
+_paths = click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+
+
+@main.command(short_help="List the runs in the log directory.")
+@_log_dir
+@_as_json
+def runs(log_dir: Path, as_json: bool) -> None:
+    """List the runs in the log directory, from their journals. Needs no cluster."""
+    from swanlab_ray.observer import archive
+
+    found = _guarded(lambda: archive.load(log_dir)) if log_dir.exists() else []
+    if as_json:
+        click.echo(json.dumps([run.as_json() for run in found]))
+    elif not found:
+        raise click.ClickException(f"No run lies in {log_dir}: choose another with --log-dir.")
+    else:
+        Console(highlight=False).print(archive.runs_table(found))
+
+
+@main.command(short_help="Show one run: its end, its ledger, its alerts, its completions, its phases, its stacks.")
+@click.argument("run_id", required=False)
+@click.option("--completions", is_flag=True, help="Show what the model was shown and has said, of every rank.")
+@click.option("--phases", is_flag=True, help="Show where the time of the steps went, by phase and rank.")
+@click.option("--stacks", is_flag=True, help="Show where the ranks stood when the job hung.")
+@click.option("--last", type=click.IntRange(1), help="Completions to show [default: 20], or steps [default: 1000].")
+@_log_dir
+@_as_json
+def show(
+    run_id: str | None, completions: bool, phases: bool, stacks: bool, last: int | None, log_dir: Path, as_json: bool
+) -> None:
+    """Show one run from its journal: how it ended, where every event of each rank is, what was alerted, the last
+    values; with --completions the latest rows of RLHF completions, whole; with --phases the mean time of a step by
+    phase and rank, and the rank that the others wait for; with --stacks the Python stacks of the ranks of a job that
+    hung. RUN_ID may be its beginning; without it the latest run is
+    shown. Needs no cluster.
+    """
+    from swanlab_ray.observer import archive
+
+    if completions + phases + stacks > 1:
+        raise click.UsageError("Choose one of --completions, --phases and --stacks.")
+    if last is not None and not (completions or phases):
+        raise click.UsageError("--last goes with --completions or --phases.")
+    run = _find_run(run_id, log_dir)
+    if completions:
+        _show_completions(run.files, last or 20, as_json)
+        return
+    if phases:
+        _show_phases(run.files, last or 1000, as_json)
+        return
+    if stacks:
+        _show_stacks(run.files, as_json)
+        return
+    values = archive.latest_values(run)
+    if as_json:
+        latest = {name: {"step": step, "value": value} for name, (step, value) in values.items()}
+        click.echo(json.dumps(run.as_json() | {"latest": latest}))
+        return
+    console = Console(highlight=False)
+    for line in archive.describe(run):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(archive.ledger_table(run.accounts))
+    for name, (step, value) in list(values.items())[: archive.SHOWN_VALUES]:
+        console.print(f"  {name} = {value:.6g} at step {step}", markup=False)
+    if len(values) > archive.SHOWN_VALUES:
+        console.print(f"  and {len(values) - archive.SHOWN_VALUES} more (--json)")
+
+
+def _find_run(run_id: str | None, log_dir: Path) -> Run:
+    """The run of that id, or of that beginning of an id; the latest one where none is given."""
+    from swanlab_ray.observer import archive
+
+    run: Run | None = _guarded(lambda: archive.find(log_dir, run_id)) if run_id != "" else None
+    if run is None and run_id is None:
+        raise click.ClickException(f"No run lies in '{log_dir}': choose another with --log-dir.")
+    if run is None:
+        known = [one.files.run_id for one in archive.load(log_dir)] if log_dir.exists() else []
+        raise click.ClickException(
+            f"'{run_id}' names no run, or several, in {log_dir}"
+            + (f"; there are: {', '.join(known)}." if known else ": choose another with --log-dir.")
+        )
+    return run
+
+
+def _show_phases(files: RunFiles, last: int, as_json: bool) -> None:
+    from swanlab_ray.observer.breakdown import breakdown, phases_table
+
+    found = breakdown(files, last)
+    steps = found.steps
+    if as_json:
+        click.echo(json.dumps([step.as_json() for step in steps]))
+        return
+    if not steps:
+        raise click.ClickException(f"Run '{files.run_id}' has no spans: ObserverCallback and span() log them.")
+    console = Console(highlight=False)
+    console.print(f"mean of {len(steps)} steps, {steps[0].step} to {steps[-1].step}")
+    console.print(phases_table(steps))
+    if found.straggler is not None:
+        console.print(f"Straggler: {found.straggler}", style="yellow", markup=False)
+    elif max(len(step.ranks) for step in steps) > 1:
+        console.print("No straggler.")
+    if found.dropped:
+        console.print(f"{found.dropped} spans of this run were dropped: they came faster than they could be sent.")
+
+
+def _show_completions(files: RunFiles, last: int, as_json: bool) -> None:
+    from rich.text import Text
+
+    from swanlab_ray.actors.tables import readable
+    from swanlab_ray.observer import transcripts
+
+    rows = list(transcripts.completions(files, last))
+    if as_json:
+        click.echo(json.dumps([{name: _finite(value) for name, value in row.items()} for row in rows]))
+        return
+    if not rows:
+        raise click.ClickException(
+            f"Run '{files.run_id}' has no completions: it logs them with DPO, KTO, ORPO, CPO, "
+            "GRPO, RLOO and OnlineDPO trainers, or with log_completions()."
+        )
+    console = Console(highlight=False)
+    for row in rows:
+        algorithm = f", {row['algorithm']}" if "algorithm" in row else ""
+        console.rule(Text(f"step {row['step']}, rank {row['rank']}{algorithm}"), align="left")
+        values = {name: value for name, value in row.items() if name not in ("step", "rank", "algorithm")}
+        click.echo(readable(list(values), list(values.values())))
+
+
+def _show_stacks(files: RunFiles, as_json: bool) -> None:
+    import msgspec
+    from rich.text import Text
+
+    from swanlab_ray.observer import archive
+
+    found = archive.stacks(files)
+    if as_json:
+        click.echo(json.dumps([{"rank": rank} | msgspec.structs.asdict(stacks) for rank, stacks in found]))
+        return
+    if not found:
+        raise click.ClickException(f"Run '{files.run_id}' never hung.")
+    console = Console(highlight=False)
+    for rank, stacks in found:
+        when = datetime.fromtimestamp(stacks.time_ns / 1e9).isoformat(" ", "seconds")
+        within = f", in {stacks.span}" if stacks.span else ""
+        console.rule(Text(f"rank {rank}, step {stacks.step}{within}, {when}"), align="left")
+        for thread, frames in zip(stacks.threads, stacks.frames, strict=True):
+            console.print(f"{thread}:", markup=False)
+            for frame in frames:
+                console.print(f"  {frame}", markup=False, soft_wrap=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@main.command(short_help="Write the timeline of all ranks, for Perfetto.")
+@click.argument("run_id", required=False)
+@click.option(
+    "-o",
+    "--output",
+    default="trace.json",
+    show_default=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where to write it; compressed where the name ends in .gz.",
+)
+@click.option("--steps", metavar="FIRST:LAST", help="Only spans of these steps, the last one too.")
+@_log_dir
+def trace(run_id: str | None, output: Path, steps: str | None, log_dir: Path) -> None:
+    """Write the spans of all ranks as one timeline, for https://ui.perfetto.dev or chrome://tracing.
+
+    RUN_ID may be its beginning; without it the latest run is taken. Needs no cluster.
+    """
+    from swanlab_ray.observer.trace import Timeline
+
+    chosen = _steps(steps) if steps is not None else None
+    run = _find_run(run_id, log_dir)
+    timeline = Timeline(run.files, chosen)
+    if not timeline.count:
+        where = f" in steps {steps}" if steps is not None else ""
+        raise click.ClickException(f"Run '{run.files.run_id}' has no spans{where}.")
+    try:
+        timeline.write(output)
+    except OSError as error:
+        raise click.ClickException(f"The trace cannot be written to '{output}': {error.strerror or error}.") from None
+    click.echo(f"{timeline.count} spans of run {run.files.run_id} in {output}: open it with https://ui.perfetto.dev")
+
+
+def _steps(text: str) -> range:
+    first, colon, last = text.partition(":")
+    if not colon or not (first or "0").isdigit() or not (last or "0").isdigit():
+        raise click.UsageError(f"--steps {text!r} is no range of steps: write it as 100:200 (or 100: or :200).")
+    chosen = range(int(first or 0), int(last) + 1 if last else 1 << 62)
+    if not chosen:
+        raise click.UsageError(f"--steps {text!r} is no range of steps: it ends before it begins.")
+    return chosen
+
+
+@main.command(short_help="Check every record of a journal.")
+@_paths
+def verify(paths: tuple[Path, ...]) -> None:
+    """Check every record of the journals at or under each PATH, and say what is there and what is missing.
+
+    Exit code 0: nothing is damaged or missing, as far as the files can tell; 1: something is.
+    """
+    from swanlab_ray.actors.history import find_runs
+    from swanlab_ray.observer import archive
+
+    found = _guarded(lambda: find_runs(list(paths)))
+    files = {path for run in found for path in run.paths}
+    stray = [path for path in paths if path.is_file() and path.resolve() not in files]
+    for path in stray:
+        click.echo(f"{path}: no header can be read: this is no journal, or its beginning is damaged")
+    if not found and not stray:
+        raise click.ClickException(f"No journal lies under {', '.join(repr(str(path)) for path in paths)}.")
+    whole = not stray
+    for run in _guarded(lambda: [archive.load_run(files) for files in found]):
+        click.echo(f"run {run.files.run_id}: {run.state}")
+        for path in run.files.paths:
+            report = archive.inspect(path)
+            click.echo(f"  {path}: {report.records} records, {report.batches} batches, {report.events} events")
+            for damaged in report.damaged:
+                place = f"bytes {damaged.damage.offset} to {damaged.damage.end}"
+                if damaged.damage.torn:
+                    click.echo(f"    {place}: cut off, as by a kill in the middle of a write (never acknowledged then)")
+                else:
+                    click.echo(f"    {place}: DAMAGED, {damaged.damage.reason}")
+        missing = archive.gaps(run.files, run.summary)
+        for gap in missing:
+            steps = f"between steps {gap.after_step} and {gap.before_step}"
+            click.echo(f"  rank {gap.rank}: batches {gap.first} to {gap.last} are MISSING, {steps}")
+        for name in archive.missing_files(run.files):
+            whole = False
+            click.echo(f"  {name} is MISSING")
+        for account in run.accounts:
+            if account.missing:
+                whole = False
+                click.echo(f"  rank {account.rank}: {account.missing} events that were acknowledged are MISSING")
+        whole = whole and not run.damage and not missing
+        if run.state == "unfinished":
+            click.echo("  the files tell of no end: what may have come after them cannot be checked")
+    click.echo("everything is there" if whole else "something is damaged or missing")
+    sys.exit(0 if whole else 1)
+
+
+@main.command(short_help="Upload runs from their journals.")
+@_paths
+@click.option("--project", help="SwanLab project.  [default: the run's]")
+@click.option("--workspace", help="SwanLab workspace.  [default: the run's]")
+def sync(paths: tuple[Path, ...], project: str | None, workspace: str | None) -> None:
+    """Upload the runs at or under each PATH to SwanLab's cloud, each into one experiment, with its spools.
+
+    A PATH is a log directory, a run's directory in it (swanlog/observer/RUN), or a single file. What is there already
+    stays; interrupt, repeat and continue at will. The key comes from SWANLAB_API_KEY, or from `swanlab login`.
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from swanlab_ray.observer import upload as uploads
+
+    chosen = {name: value for name, value in {"project": project, "workspace": workspace}.items() if value}
+    console = Console(highlight=False, stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]} scalars"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("uploading", total=None, done=0)
+        synced = _guarded(
+            lambda: uploads.sync(*paths, progress=lambda done, events: progress.update(bar, done=done), **chosen)
+        )
+    for run in synced:
+        click.echo(
+            f"run {run.run_id}: {run.uploaded} scalars"
+            + (f" and {run.tables} tables" if run.tables else "")
+            + f" uploaded, {run.present} were there; {run.url}"
+            + ("; a writer is still at work on it" if run.in_progress else "")
+        )
+        if run.damaged:
+            places = "one place" if run.damaged == 1 else f"{run.damaged} places"
+            click.echo(f"  {places} could not be read: swanlab-ray verify tells what is missing")
+    sys.exit(1 if any(run.damaged for run in synced) else 0)
+
+
+@main.command(short_help="Check the settings, and the Lark bot.")
+@click.option("--lark", is_flag=True, help="Send a test message to the bot of SWANLAB_LARK_WEBHOOK_URL.")
+def doctor(lark: bool) -> None:
+    """Check the settings that the environment gives; with --lark also the Lark (Feishu) bot, by a test message."""
+    settings: ObserverSettings = _guarded(ObserverSettings)
+    _guarded(lambda: check_writable(settings.log_dir))
+    click.echo(f"Settings: project {settings.project or '(none)'}, mode {settings.mode}, runs in {settings.log_dir}")
+    if lark:
+        click.echo(_test_lark(settings))
+
+
+def _test_lark(settings: ObserverSettings) -> str:
+    from swanlab_ray.actors.cards import Message, Words, card
+    from swanlab_ray.actors.mailbox import Refused, Unavailable, open_bot
+
+    bot = open_bot(settings)
+    if bot is None:
+        raise click.ClickException("Lark: set SWANLAB_LARK_WEBHOOK_URL to the webhook in the bot's settings.")
+    title = Words("Notifications arrive", "通知测试成功")
+    text = Words("A run with this webhook sends its notifications here.", "使用此 webhook 的训练会把通知发送到这里。")
+    try:
+        bot.send(card(Message("test", "test", title, "green", [], text, footer="SwanLab · swanlab-ray doctor")))
+    except Refused as error:
+        raise click.ClickException(f"Lark refuses the message: {error}.") from None
+    except Unavailable as error:
+        raise click.ClickException(f"Lark cannot be reached: {error}.") from None
+    unsigned = "" if settings.lark_secret else ", unsigned: set SWANLAB_LARK_SECRET for production use"
+    return f"Lark: the test message has arrived{unsigned}"
+
+
+def _guarded(action: Callable[[], Any]) -> Any:
+    """Do it; a problem of the user's becomes one sentence."""
+    from swanlab_ray.actors.cloud import CloudError
+    from swanlab_ray.actors.records import UnknownFormat
+
+    try:
+        return action()
+    except FileNotFoundError as error:
+        raise click.ClickException(f"'{error.filename}' does not exist." if error.filename else f"{error}.") from None
+    except CloudError as error:
+        raise click.ClickException(f"The SwanLab cloud cannot be used: {error}.") from None
+    except PermissionError as error:
+        raise click.ClickException(f"'{error.filename}' cannot be read: {error.strerror}.") from None
+    except (SettingsError, UnknownFormat) as error:
+        raise click.ClickException(str(error)) from None
 
 
 if __name__ == "__main__":

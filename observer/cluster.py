@@ -30,7 +30,7 @@ from swanlab_ray.actors.protocol import NAMESPACE
 from swanlab_ray.observer.exits import run_exit_handler_first
 from swanlab_ray.observer.guards import process_unchanged, set_environment
 
-START_DEADLINE_S = 90.0
+START_DEADLINE_S = 300.0
 CONNECT_DEADLINE_S = 5.0
 
 
@@ -67,12 +67,13 @@ def private_root() -> Path:
     return root
 
 
-def attach(run_id: str, nodes: int) -> Cluster:
+def attach(run_id: str, nodes: int, dashboard: bool = True) -> Cluster:
     """Connect this rank to Ray: the initialised one, ``RAY_ADDRESS``, a running cluster, or a private one.
 
     Args:
         run_id: names the private cluster, which is started where there is none.
         nodes: machines of the job; a private cluster serves one machine only.
+        dashboard: whether a private cluster has one.
 
     Raises:
         NoCluster: none can be reached.
@@ -91,7 +92,7 @@ def attach(run_id: str, nodes: int) -> Cluster:
             f"No Ray cluster is reachable and the job runs on {nodes} machines: start one (ray start --head, and "
             "ray start --address=HEAD:6379 on the others) and set RAY_ADDRESS=HEAD:6379 on every rank."
         )
-    directory = start_private(run_id)
+    directory = start_private(run_id, dashboard)
     _wait_started(directory)
     return _join(_private_address(directory), str(directory / "alive"))
 
@@ -199,18 +200,20 @@ def _described(file: Path) -> dict[str, Any]:
     return described
 
 
-def start_private(run_id: str) -> Path:
+def start_private(run_id: str, dashboard: bool) -> Path:
     """Start the private cluster of a run unless somebody has; it ends some time after this process. Does not wait."""
     directory = private_directory(run_id)
     directory.mkdir(mode=0o700, exist_ok=True)
     _hold(directory / "alive")
-    _start_keeper(directory)
+    _start_keeper(directory, dashboard)
     return directory
 
 
 def _wait_started(directory: Path) -> None:
     deadline = time.monotonic() + START_DEADLINE_S
     while not (directory / "cluster").exists():
+        if nobody_holds(str(directory / "keeper")):
+            raise NoCluster(f"The Ray cluster of this run could not be started: see {directory / 'keeper.log'}.")
         if time.monotonic() >= deadline:
             raise NoCluster(
                 f"The Ray cluster of this run did not start within {START_DEADLINE_S:.0f} s: see "
@@ -219,7 +222,7 @@ def _wait_started(directory: Path) -> None:
         time.sleep(0.05)
 
 
-def _start_keeper(directory: Path) -> None:
+def _start_keeper(directory: Path, dashboard: bool) -> None:
     """Start the keeper of the cluster, unless one lives."""
     with open(directory / "starting", "a") as starting:
         fcntl.lockf(starting, fcntl.LOCK_EX)
@@ -228,7 +231,13 @@ def _start_keeper(directory: Path) -> None:
         (directory / "cluster").unlink(missing_ok=True)  # of a keeper that was killed
         with open(directory / "keeper.log", "ab") as log:
             keeper = subprocess.Popen(
-                [sys.executable, "-m", "swanlab_ray.observer.keeper", str(directory)],
+                [
+                    sys.executable,
+                    "-m",
+                    "swanlab_ray.observer.keeper",
+                    *([] if dashboard else ["--no-dashboard"]),
+                    str(directory),  # last: by it a keeper is found
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

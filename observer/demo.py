@@ -17,10 +17,13 @@ from typing import IO
 import click
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 
+from swanlab_ray.actors.history import find_runs
 from swanlab_ray.actors.protocol import WriterStatus
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.status import status_line
+from swanlab_ray.observer.breakdown import breakdown, phases_table
 from swanlab_ray.observer.cluster import NoCluster, running_address, start_private
 from swanlab_ray.observer.identity import fresh_run_id
 from swanlab_ray.observer.watch import Watcher, rank_table
@@ -30,8 +33,8 @@ PLAIN_LINE_S = 3.0
 """Seconds between two lines where the output is no terminal."""
 
 
-def run_demo(settings: ObserverSettings, ranks: int, steps: int, console: Console) -> int:
-    """Train and watch; returns the exit code.
+def run_demo(settings: ObserverSettings, ranks: int, steps: int, console: Console, slow_rank: int | None = None) -> int:
+    """Train and watch; returns the exit code. The data loading of ``slow_rank`` sleeps, so that it is named.
 
     Raises:
         click.ClickException: something it needs is not installed.
@@ -42,31 +45,35 @@ def run_demo(settings: ObserverSettings, ranks: int, steps: int, console: Consol
     run_id = settings.run_id or fresh_run_id("demo")
     settings.log_dir.mkdir(parents=True, exist_ok=True)
     log_path = settings.log_dir / f"{run_id}.log"
-    console.print(f"Training a small Llama: {ranks} ranks, {steps} steps, run {run_id}.", soft_wrap=True)
+    console.print(f"Training a small Llama: {ranks} ranks, {steps} steps, run {run_id}.", soft_wrap=True, markup=False)
     console.print("Starting torchrun, its ranks and a Ray cluster (about 20 s) ...")
     if running_address() is None:
-        start_private(run_id)  # while torch is being imported
-    with open(log_path, "w") as log, _torchrun(settings, run_id, ranks, steps, log) as training:
+        start_private(run_id, settings.dashboard)  # while torch is being imported
+    with open(log_path, "w") as log, _torchrun(settings, run_id, ranks, steps, slow_rank, log) as training:
         last = _watch(run_id, training, console)
         code = training.wait()
     if code:
-        console.print(f"[red]The training failed (exit code {code}).[/] The end of {log_path}:")
+        console.print(f"[red]The training failed (exit code {code}).[/] The end of {escape(str(log_path))}:")
         console.print("\n".join(log_path.read_text().splitlines()[-60:]), markup=False, highlight=False)
         return code
     if last is None or not last.closed:
-        console.print(f"[red]The run was not seen to its end;[/] see {log_path}.")
+        console.print(f"[red]The run was not seen to its end;[/] see {escape(str(log_path))}.")
         return 1
     console.print(rank_table(last))
     for notice in last.notices:
         console.print(notice, markup=False)
-    console.print(f"One run: {last.run_dir or last.url}", soft_wrap=True, markup=False)
+    _show_phases(Path(last.journal), console)
+    console.print(f"One run: {last.url or last.run_dir or last.journal}", soft_wrap=True, markup=False)
     console.print(f"Open it: {_open_command(last, settings)}", soft_wrap=True, markup=False)
+    ours = _command("swanlab-ray")
+    console.print(f"What became of every event: {ours} show {run_id}", soft_wrap=True, markup=False)
+    console.print(f"The timeline of all ranks: {ours} trace {run_id}", soft_wrap=True, markup=False)
     return 0 if last.state == "success" else 1
 
 
 @contextmanager
 def _torchrun(
-    settings: ObserverSettings, run_id: str, ranks: int, steps: int, log: IO[str]
+    settings: ObserverSettings, run_id: str, ranks: int, steps: int, slow_rank: int | None, log: IO[str]
 ) -> Iterator[subprocess.Popen[str]]:
     environment = os.environ | {
         "OBSERVER_RUN_ID": run_id,
@@ -79,6 +86,7 @@ def _torchrun(
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += ["-m", "swanlab_ray.observer.demo_training", str(steps)]
+    command += [] if slow_rank is None else [str(slow_rank)]
     training = subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True)
     try:
         yield training
@@ -115,13 +123,31 @@ def _watch(run_id: str, training: subprocess.Popen[str], console: Console) -> Wr
     return last
 
 
+def _show_phases(journal: Path, console: Console) -> None:
+    """Where the time went, where the journal is within reach."""
+    if not journal.is_dir():
+        return
+    (run,) = find_runs([journal])
+    found = breakdown(run)
+    if found.steps:
+        console.print("Where the time of a step went (mean):")
+        console.print(phases_table(found.steps))
+    if found.straggler is not None:
+        console.print(f"Straggler: {found.straggler}", style="yellow", markup=False)
+
+
 def _open_command(status: WriterStatus, settings: ObserverSettings) -> str:
     if status.url:
         return status.url
-    log_dir = os.path.relpath(settings.log_dir) if settings.log_dir.is_relative_to(Path.cwd()) else settings.log_dir
-    swanlab = "swanlab"
-    if shutil.which(swanlab) is None:  # the virtual environment is not activated
-        swanlab = os.path.relpath(Path(sys.executable).with_name("swanlab"))
     if status.mode == "local":
-        return f"{swanlab} watch {log_dir}"
-    return f"{swanlab} sync {status.run_dir} --id {status.run_id}"
+        return f"{_command('swanlab')} watch {_shorter(settings.log_dir)}"
+    return f"{_command('swanlab-ray')} sync {_shorter(Path(status.journal))}"
+
+
+def _shorter(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _command(name: str) -> str:
+    """How to call a command of this environment, also where it is not activated."""
+    return name if shutil.which(name) else os.path.relpath(Path(sys.executable).with_name(name))

@@ -6,9 +6,11 @@ less the one argument ``callbacks``.
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -17,12 +19,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from swanlab_ray.observer import ObserverCallback
 
 CONTEXT = 128  # tokens, which are bytes here
+SLOW_S = 0.04  # by which a slow rank's data loading is late, for each sample
 
 
 class PythonSource(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Windows of :data:`CONTEXT` bytes of the standard library's modules."""
+    """Windows of :data:`CONTEXT` bytes of the standard library's modules; reading one takes ``delay`` seconds."""
 
-    def __init__(self, modules: int = 40) -> None:
+    def __init__(self, modules: int = 40, delay: float = 0.0) -> None:
+        self._delay = delay
         files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:modules]
         text = b"".join(file.read_bytes() for file in files)
         self._bytes = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -31,6 +35,7 @@ class PythonSource(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return len(self._bytes) // CONTEXT
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        time.sleep(self._delay)
         window = self._bytes[index * CONTEXT : (index + 1) * CONTEXT].long()
         return {"input_ids": window, "labels": window}
 
@@ -50,7 +55,8 @@ def small_llama() -> LlamaForCausalLM:
     )
 
 
-def main(steps: int) -> None:
+def main(steps: int, slow_rank: int | None = None) -> None:
+    delay = SLOW_S if slow_rank == int(os.environ.get("RANK", "0")) else 0.0
     with tempfile.TemporaryDirectory() as output:
         args = TrainingArguments(
             output_dir=output,
@@ -66,8 +72,8 @@ def main(steps: int) -> None:
             ddp_backend="gloo",
             dataloader_pin_memory=False,
         )
-        Trainer(small_llama(), args, train_dataset=PythonSource(), callbacks=[ObserverCallback()]).train()
+        Trainer(small_llama(), args, train_dataset=PythonSource(delay=delay), callbacks=[ObserverCallback()]).train()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))

@@ -24,6 +24,8 @@ class Identity:
     nodes: int
     """Machines of the job; as many as processes where the launcher does not tell."""
     in_ray_train: bool = False
+    node: int = 0
+    """Index of this process's machine."""
 
 
 # Launchers, each with its variables for rank, world size, local rank and local world size.
@@ -44,7 +46,8 @@ def identify(env: Mapping[str, str] = os.environ) -> Identity:
     train = _ray_train_context()
     if train is not None:
         rank, size, local = train.get_world_rank(), train.get_world_size(), train.get_local_rank()
-        return Identity(rank, size, local, max(1, size // max(1, train.get_local_world_size())), True)
+        nodes = max(1, size // max(1, train.get_local_world_size()))
+        return Identity(rank, size, local, nodes, True, train.get_node_rank())
     for rank_name, size_name, local_name, local_size_name in _LAUNCHERS:
         if rank_name in env and size_name in env:
             rank, size = _number(env, rank_name), _number(env, size_name)
@@ -54,8 +57,9 @@ def identify(env: Mapping[str, str] = os.environ) -> Identity:
                 )
             told = env.get(local_size_name) or env.get("LOCAL_SIZE", "")  # LOCAL_SIZE: DeepSpeed's launcher
             local_size = int(re.match(r"\d*", told)[0] or 1)  # type: ignore[index]
-            nodes = -(-size // max(1, local_size))
-            return Identity(rank, size, int(env.get(local_name, "0") or 0), nodes)
+            local_size = max(1, local_size)
+            local = int(env.get(local_name, "0") or 0)
+            return Identity(rank, size, local, -(-size // local_size), node=rank // local_size)
     return Identity(0, 1, 0, 1)
 
 
@@ -100,6 +104,22 @@ def resolve_run_id(settings: ObserverSettings, identity: Identity, env: Mapping[
     if store is not None:
         return _agree(store, fresh_run_id())
     return fresh_run_id()
+
+
+def most_restarts(env: Mapping[str, str] = os.environ) -> int:
+    """How often the launcher starts this job again after failures, in all."""
+    if _ray_train_context() is not None:
+        try:
+            from ray.train.v2._internal.execution.context import get_train_context
+
+            most = int(get_train_context().train_run_context.run_config.failure_config.max_failures)
+            return most if most >= 0 else sys.maxsize
+        except Exception:
+            return 0  # another Ray
+    try:
+        return int(env["TORCHELASTIC_MAX_RESTARTS"])
+    except (KeyError, ValueError):
+        return 0
 
 
 def gpu_name(local_rank: int, env: Mapping[str, str] = os.environ) -> str | None:

@@ -1,45 +1,58 @@
 """Process that holds a private Ray cluster: starts it, and ends it when no rank and no writer lives any more.
 
-Started by a rank as ``python -m swanlab_ray.observer.keeper DIRECTORY``. It is a process of its own so that the
-cluster outlives the rank that happened to start it, even one that is killed.
+Started by a rank as ``python -m swanlab_ray.observer.keeper [--no-dashboard] DIRECTORY``. It is a process of its own
+so that the cluster outlives the rank that happened to start it, even one that is killed.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from swanlab_ray.actors.locks import hold_lock, nobody_holds
 
 GRACE_S = 4.0
 """The lock may be free this long: a restarted writer needs about two seconds."""
 POLL_S = 0.5
+RAYLET_DEADLINE_S = 240.0
+"""Less than a rank waits for the cluster."""
+ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",  # the actor's log is looked at while it runs
+    # Ray gives up a node that does not answer for 15 s. This one is alone: giving it up would end the observation.
+    "RAY_health_check_failure_threshold": "100",
+    # Ray ends a worker, and starts another, that has not imported everything within 60 s: on such a machine, for ever.
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_agent_register_timeout_ms": "600000",
+    # Where memory is short Ray ends workers, and the only one here is the writer.
+    "RAY_memory_monitor_refresh_ms": "0",
+    # Ray's 15 leaves the writer a thirtieth of a core beside a training that takes all; it must answer all the same.
+    "RAY_worker_niceness": "5",
+    "RAY_prestart_worker_first_driver": "0",  # the writer's worker belongs to another job
+}
+LISTEN_PORT = "dashboard_agent_listen_port"
+AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", LISTEN_PORT)
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
 
-def keep(directory: Path) -> None:
+def keep(directory: Path, dashboard: bool) -> None:
     """Start the cluster, publish its address in ``directory/cluster``, wait until it is unused, end it."""
     _sweep(directory)
-    # The actor's log is looked at while it runs.
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import ray
 
     temporary = directory.parent / f"r{os.getpid()}"
-    context = ray.init(
-        address="local",
-        num_cpus=1,
-        num_gpus=0,
-        object_store_memory=100 << 20,
-        include_dashboard=importlib.util.find_spec("aiohttp_cors") is not None,
-        _temp_dir=str(temporary),
-        log_to_driver=False,
-    )
+    context = _start(temporary, dashboard)
     described = {
         "address": context.address_info["gcs_address"],
         "dashboard": context.dashboard_url or None,
@@ -60,6 +73,91 @@ def keep(directory: Path) -> None:
     ray.shutdown()
     shutil.rmtree(ended, ignore_errors=True)
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _start(temporary: Path, dashboard: bool) -> Any:
+    import ray
+
+    be_patient()
+    leave_out_what_idles(dashboard)
+    return ray.init(
+        address="local",
+        num_cpus=1,
+        num_gpus=0,
+        object_store_memory=100 << 20,
+        # True would give up the whole cluster where the dashboard is slow or not installed.
+        include_dashboard=None if dashboard else False,
+        _temp_dir=str(temporary),
+        log_to_driver=False,
+    )
+
+
+def leave_out_what_idles(dashboard: bool) -> None:
+    """Let ``ray.init`` not start what nobody here uses; together it takes a third of a core from the training.
+
+    That is the autoscaler, what carries workers' logs to a driver (the dashboard reads the files), and what Ray starts
+    of a dashboard that is off.
+    """
+    with suppress(ImportError):  # another Ray
+        from ray._private.node import Node
+
+        for start in ("start_monitor", "start_log_monitor", *(() if dashboard else ("start_api_server",))):
+            if hasattr(Node, start):
+                setattr(Node, start, lambda *_, **__: None)
+
+
+def be_patient() -> None:
+    """Let ``ray.init`` wait for its raylet on a machine whose cores all train.
+
+    Ray asks for it in a loop without a pause, which takes a core away from it, and gives up after 30 s.
+    """
+    from ray._private import services
+
+    ask: Callable[..., Any] | None = getattr(services, "get_node", None)
+    if ask is None:
+        return  # another Ray, with its own idea of patience
+
+    def ask_patiently(*args: Any, **kwargs: Any) -> Any:
+        deadline = time.monotonic() + RAYLET_DEADLINE_S
+        while True:
+            try:
+                return ask(*args, **kwargs)
+            except RuntimeError:  # it has not registered yet
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(POLL_S)
+
+    services.get_node = ask_patiently
+    _choose_ports(services)
+
+
+def _choose_ports(services: Any) -> None:
+    """Tell a raylet the ports of its agents: it ends itself where they have not told them after 15 s.
+
+    See ray-project/ray#65983. The port of one of them it reads from a file only, so that is there before.
+    """
+    from ray import _raylet
+
+    persist: Callable[..., Any] | None = getattr(_raylet, "persist_port", None)
+    start: Callable[..., Any] | None = getattr(services, "start_raylet", None)
+    if persist is None or start is None or not {*AGENT_PORTS, "node_id"} <= signature(start).parameters.keys():
+        return  # another Ray
+
+    def start_with_ports(*args: Any, **kwargs: Any) -> Any:
+        given = signature(start).bind(*args, **kwargs).arguments
+        given |= dict(zip(AGENT_PORTS, _free_ports(len(AGENT_PORTS)), strict=True))
+        persist(given["session_dir"], given["node_id"], LISTEN_PORT, given[LISTEN_PORT])
+        return start(**given)
+
+    services.start_raylet = start_with_ports
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 def _sweep(own: Path) -> None:
@@ -91,11 +189,11 @@ def _wait_until_unused(alive: Path) -> None:
 
 
 def main() -> None:
-    directory = Path(sys.argv[1])
+    directory = Path(sys.argv[-1])
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C is for the training; the cluster ends after it
     hold_lock(str(directory / "keeper"))
-    keep(directory)
+    keep(directory, "--no-dashboard" not in sys.argv)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from swanlab_ray.actors.protocol import Ack, Beat, Farewell, Goodbye, Hello, Welcome, WriterStatus
+from swanlab_ray.actors.protocol import Ack, Beat, Farewell, Goodbye, Hello, WriterStatus
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer import cluster
 from swanlab_ray.observer.identity import Identity, resolve_run_id
@@ -13,9 +13,17 @@ from swanlab_ray.observer.identity import Identity, resolve_run_id
 CALL_DEADLINE_S = 30.0
 """How long an answer of the writer is waited for before the connection counts as broken."""
 
+REFERENCE_BYTES = 4 << 20
+"""A larger batch is sent as an object reference. Below that a value is faster, and it needs no raylet: a rank would die
+with the one of its node while it puts an object."""
+
 
 class LinkBroken(ConnectionError):
     """The writer cannot be reached now; it may be again later."""
+
+
+class RunOver(LinkBroken):
+    """The run has ended; its writer takes nothing more."""
 
 
 class RayLink:
@@ -31,21 +39,21 @@ class RayLink:
         self._writer: Any = None
         self.run_id: str | None = settings.run_id
 
-    def open(self, hello: Hello) -> Welcome:
+    def open(self, hello: Hello) -> Ack:
         """Say hello to this run's writer, creating it if this rank comes first."""
         try:
             return self._open(hello)
         except cluster.NoCluster as error:
             raise LinkBroken(str(error)) from error
         except Exception as error:  # Ray raises many kinds; each means the same here
-            raise LinkBroken(_brief(error)) from error
+            raise (RunOver if "RunEnded" in str(error) else LinkBroken)(_brief(error)) from error
 
-    def _open(self, hello: Hello) -> Welcome:
+    def _open(self, hello: Hello) -> Ack:
         # Ray Train tells its run only after Ray is imported; otherwise the id is there before Ray is.
         if self.run_id is None:
             self.run_id = resolve_run_id(self._settings, self._identity)
         if self._cluster is None:
-            self._cluster = cluster.attach(self.run_id, self._identity.nodes)
+            self._cluster = cluster.attach(self.run_id, self._identity.nodes, self._settings.dashboard)
         import ray
 
         from swanlab_ray.actors.writer import get_or_create
@@ -57,24 +65,25 @@ class RayLink:
             raise LinkBroken("Ray was shut down under the observer; joining again.")
         self._writer = get_or_create(self.run_id, self._settings, self._cluster.life_lock)
         # Just after a run's end the name still finds the dying actor: only an answer proves that it lives.
-        welcome: Welcome = ray.get(self._writer.hello.remote(hello), timeout=CALL_DEADLINE_S)
+        welcome: Ack = ray.get(self._writer.hello.remote(hello), timeout=CALL_DEADLINE_S)
         return welcome
 
-    def ingest(self, rank: int, life: str, seq: int, batch: bytes) -> Any:
-        """Send a batch; the returned reference is its acknowledgement."""
-        return self._call("ingest", rank, life, seq, batch)
+    def ingest(self, rank: int, life: str, seq: int, events: int, batch: bytes) -> Any:
+        """Send a batch of so many events; the returned reference is the answer."""
+        return self._call("ingest", rank, life, seq, events, self._by_reference(batch))
 
     def acknowledged(self, reference: Any, wait: float) -> Ack | None:
-        """The acknowledgement if it has arrived within ``wait`` seconds."""
+        """The answer to a batch if it has arrived within ``wait`` seconds."""
         return self._answer(reference, wait)  # type: ignore[no-any-return]
 
     def beat(self, beat: Beat) -> Any:
-        """Send a sign of life; the returned reference answers whether the writer knows this rank."""
+        """Send a sign of life; the returned reference is the answer."""
         return self._call("beat", beat)
 
-    def beaten(self, reference: Any) -> bool | None:
-        """The answer to a sign of life if it has arrived."""
-        return self._answer(reference, 0.0)  # type: ignore[no-any-return]
+    def beaten(self, reference: Any) -> Ack | bool | None:
+        """The answer to a sign of life if it has arrived; False where the writer does not know this rank."""
+        ready = self._ready(reference, 0.0)
+        return (self._answer(reference, 0.0) or False) if ready else None
 
     def goodbye(self, goodbye: Goodbye, wait: float) -> Farewell:
         """Say goodbye."""
@@ -99,6 +108,18 @@ class RayLink:
             cluster.detach(self._cluster)
             self._cluster = None
 
+    @staticmethod
+    def _by_reference(batch: bytes) -> Any:
+        """A large batch goes through the object store, a smaller one with the call."""
+        if len(batch) <= REFERENCE_BYTES:
+            return batch
+        import ray
+
+        try:
+            return ray.put(batch)
+        except Exception as error:
+            raise LinkBroken(_brief(error)) from error
+
     def _call(self, method: str, *arguments: Any) -> Any:
         import ray
 
@@ -109,12 +130,21 @@ class RayLink:
         except Exception as error:
             raise LinkBroken(_brief(error)) from error
 
-    def _answer(self, reference: Any, wait: float) -> Any:
+    def _ready(self, reference: Any, wait: float) -> bool:
         import ray
 
         try:
-            ready, _ = ray.wait([reference], timeout=wait)
-            return ray.get(ready[0]) if ready else None
+            return bool(ray.wait([reference], timeout=wait)[0])
+        except Exception as error:
+            raise LinkBroken(_brief(error)) from error
+
+    def _answer(self, reference: Any, wait: float) -> Any:
+        import ray
+
+        if not self._ready(reference, wait):
+            return None
+        try:
+            return ray.get(reference)
         except Exception as error:
             raise LinkBroken(_brief(error)) from error
 

@@ -9,14 +9,17 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from time import monotonic, time_ns
 from types import TracebackType
 from typing import Any, SupportsIndex
 
+from swanlab_ray.actors.history import TERMINATED
 from swanlab_ray.actors.locks import pid_namespace
 from swanlab_ray.actors.protocol import (
+    COMPLETIONS,
     CONFIG,
     JOB,
     OUTCOME,
@@ -31,16 +34,25 @@ from swanlab_ray.actors.protocol import (
 )
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError, check_writable
 from swanlab_ray.actors.status import ending
+from swanlab_ray.observer import spans
+from swanlab_ray.observer.cells import columns_of
 from swanlab_ray.observer.channel import CAPACITY, Channel, ChannelStatistics, Link
 from swanlab_ray.observer.exits import ExitWatch, describe
-from swanlab_ray.observer.identity import Identity, check_run_id, gpu_name, identify
+from swanlab_ray.observer.identity import Identity, check_run_id, gpu_name, identify, most_restarts
 from swanlab_ray.observer.link import RayLink
+from swanlab_ray.observer.node_metrics import NodeMetrics
 from swanlab_ray.observer.notices import logger, warn_once
+from swanlab_ray.observer.pulse import Pulse
 from swanlab_ray.observer.redact import plain
+from swanlab_ray.observer.spans import NO_SPAN, NoSpan, Span, SpanLog
+from swanlab_ray.observer.spool import Spool
+from swanlab_ray.observer.termination import TerminationWatch
 from swanlab_ray.observer.values import Deferred, HostCopy, encode, salvage
 
 FINISH_TIMEOUT_S = 90.0
 """How long ``finish()`` takes at most: SwanLab gets 60 s to close, the rest is for sending."""
+SIGTERM_S = 4.0
+"""The same after SIGTERM; launchers wait 30 s before they send SIGKILL."""
 STRICT_CONNECT_S = 120.0
 """How long ``connect()`` waits for the writer under ``strict=True``: a cluster may have to be started."""
 STRICT_RETRY_S = 5.0
@@ -74,13 +86,56 @@ class Observer:
         """State and error that the exit of this process will report, unless it brings a worse one."""
         self.trained_steps = 0
         """Steps of the trainings of this process, after which a further one goes on; kept by the callbacks."""
+        self.tokenizers: set[str] = set()
+        """Names of the tokenizers that the writer was sent."""
         self._finished = False
+        self._inherited = False
+        """This is a copy in a forked child."""
         self._pid_namespace = pid_namespace()
+        self.spans = SpanLog(self.send, lambda: self._last_step + 1, settings.cuda_spans)
+        """Takes what :meth:`span` measures; for callbacks."""
         self._watch = ExitWatch(self._at_exit)
-        self._channel = Channel(link, self.rank, self._life, self._hello, self._announce)
+        self._termination = TerminationWatch(self._at_sigterm)
+        self._channel = Channel(
+            link,
+            self.rank,
+            self._life,
+            self._hello,
+            self._announce,
+            lambda run_id: Spool(settings, run_id, identity.rank, self._life),
+            Pulse(self.spans, self._known_step),
+        )
         self._put = self._channel.put
         self._queue = self._channel.queue
         self._append = self._queue.append
+        self.span = partial(Span, self.spans)  # type: ignore[method-assign]  # the method, without its frame
+        self._node: NodeMetrics | None = None
+        if identity.local_rank == 0 and settings.node_interval > 0:
+            self._node = NodeMetrics(
+                self.send, self._known_step, identity.node, settings.node_interval, settings.log_dir
+            )
+
+    def _known_step(self) -> int | None:
+        """The step under way or the last one logged; None as long as this life has not told where it stands."""
+        if self.spans.step is not None:
+            return self.spans.step
+        return self._last_step if self._last_step >= 0 else None
+
+    @property
+    def step(self) -> int | None:
+        """The step under way, to which spans belong. Callbacks keep it, and a loop of your own may set it; while it is
+        None, spans belong to the step after the last one logged."""
+        return self.spans.step
+
+    @step.setter
+    def step(self, step: int | None) -> None:
+        try:
+            step = None if step is None else self._checked_step(step)
+            if step is not None and step.bit_length() > 63:
+                raise _Refused(f"observer.step has {step.bit_length()} bits, 63 are the most.")
+            self.spans.step = step
+        except _Refused as error:
+            self._reject(str(error))
 
     @property
     def finished(self) -> bool:
@@ -141,8 +196,9 @@ class Observer:
         now = time_ns()
         kept = salvage(data, lambda key, reason: self._reject(f"{key!r} is not logged: {reason}; log numbers.", key))
         try:
-            if any(isinstance(value, HostCopy) for value in kept.values()):
-                self._put(Deferred(kept, lambda values: encode((SCALARS, step, now, scope, values))))
+            copies = [value for value in kept.values() if isinstance(value, HostCopy)]
+            if copies:
+                self._put(Deferred(copies, lambda: encode((SCALARS, step, now, scope, kept))))
             elif kept:
                 self._put(encode((SCALARS, step, now, scope, kept)))
         except Exception:
@@ -172,6 +228,39 @@ class Observer:
             raise ValueError(sentence)
         warn_once(f"rejected {key or sentence.split()[0]}", sentence)
 
+    def log_completions(self, rows: Iterable[Mapping[str, Any]], step: SupportsIndex | None = None) -> None:
+        """Log what the model was shown and has said, for the table ``rlhf_completions``.
+
+        Args:
+            rows: one mapping for each sample, such as ``{"prompt": ..., "completion": ..., "reward": 0.5}``: names to
+                text, numbers, truth values, or conversations (lists of messages).
+            step: 0 or more; by default that of the last call of :meth:`log`.
+        """
+        try:
+            step = max(0, self._last_step) if step is None else self._checked_step(step)
+            listed = [] if isinstance(rows, (str, Mapping)) else list(rows)
+            if isinstance(rows, (str, Mapping)) or not all(isinstance(row, Mapping) for row in listed):
+                raise _Refused(f"log_completions() takes a list of dicts, one for each sample, not {rows!r:.60}.")
+            columns = columns_of(listed, lambda name, why: self._reject(f"{name!r} is not logged: {why}.", name))
+            if columns and step.bit_length() > 63:
+                raise _Refused(f"Completions are not logged: their step has {step.bit_length()} bits, 63 are the most.")
+            if columns:
+                event = (COMPLETIONS, step, time_ns(), "", "", 0, columns)
+                copies = [cell for cells in columns.values() for cell in cells if isinstance(cell, HostCopy)]
+                self._put(Deferred(copies, lambda: encode(event)) if copies else encode(event))
+        except _Refused as error:
+            self._reject(str(error))
+        except Exception as error:
+            self._reject(f"Completions could not be logged: {error}", f"completions {type(error).__name__}")
+
+    def span(self, name: str) -> Span | NoSpan:
+        """Measure a block: ``with observer.span("forward"): ...``. Spans nest, and belong to the step under way."""
+        return Span(self.spans, name)
+
+    def send(self, event: bytes | Deferred) -> None:
+        """Queue an encoded event; for callbacks. Never blocks."""
+        self._put(event)
+
     def config(self, values: Mapping[str, Any] | None = None, **more: Any) -> None:
         """Add to the run's configuration. Values may be nested; secrets are masked by their names."""
         try:
@@ -188,7 +277,7 @@ class Observer:
         """Say how this rank has ended should the process end now; None: it is at work (again)."""
         self.result = (state, error)
         with suppress(Exception):
-            self._put(encode((OUTCOME, state, error, time_ns())))
+            self._put(encode((OUTCOME, state, _readable(error), time_ns())))
 
     def wait_ready(self, timeout: float) -> bool:
         """Wait until the writer has welcomed this rank."""
@@ -208,11 +297,11 @@ class Observer:
                 raise ConnectionError(f"The writer cannot be reached: {self._channel.last_error}")
 
     def flush(self, timeout: float = 10.0) -> bool:
-        """Wait until the writer has everything logged so far; False after ``timeout`` seconds."""
+        """Wait until everything logged so far is in the journal, on disk; False after ``timeout`` seconds."""
         return self._channel.flush(timeout)
 
     def statistics(self) -> ChannelStatistics:
-        """Counts of events logged, acknowledged, waiting and dropped."""
+        """Counts of events logged, acknowledged, spooled, waiting and dropped."""
         return self._channel.statistics()
 
     def finish(self, state: State = "success", error: str | None = None, timeout: float = FINISH_TIMEOUT_S) -> bool:
@@ -224,25 +313,30 @@ class Observer:
             timeout: seconds after which it returns whatever happens.
 
         Returns:
-            Whether everything this rank logged has reached the writer.
+            Whether everything this rank logged is in the writer's journal.
         """
-        if self._finished:
+        if self._inherited:
             return True
+        if self._finished:
+            return self._channel.hurry(timeout)  # another thread may be at it
         self._finished = True
-        self._watch.stop()
-        ended = time_ns()
+        if self._node is not None:
+            self._node.stop()
+        self.spans.close()
+        ended, error = time_ns(), _readable(error)
         complete = self._channel.finish(
-            lambda logged, dropped: Goodbye(
+            lambda counted: Goodbye(
                 rank=self.rank,
                 life=self._life,
                 state=state,
                 error=error,
                 time_ns=ended,
-                logged=logged,
-                dropped=dropped,
+                counted=counted,
             ),
             timeout,
         )
+        self._watch.stop()
+        self._termination.stop()
         self._put = self._append = _ignore
         self.outcome = self._channel.outcome
         if self.outcome is not None:
@@ -272,10 +366,28 @@ class Observer:
             self.finish(state, error)
         except Exception as problem:
             logger.warning("finish() failed at exit: %s", problem)
+        self._termination.wait()
+
+    def _at_sigterm(self) -> None:
+        state, error = self.result
+        if state is None:
+            state, error = "aborted", f"{TERMINATED}: the process was told to end (torchrun, Slurm, Kubernetes, kill)"
+        self.finish(state, error, timeout=SIGTERM_S)
 
     def _announce(self) -> None:
         if self.rank == 0:
             logger.info("run %s: %d rank%s, one writer", self.run_id, self.world_size, "s" * (self.world_size > 1))
+            if self.settings.lark_webhook_url is not None:
+                signed = self.settings.lark_secret is not None
+                logger.info(
+                    "Registered Lark notification callback %s",
+                    "with HMAC authentication" if signed else "(no HMAC secret)",
+                )
+                if not signed:
+                    logger.warning(
+                        "Lark webhook has no secret configured. For production use, set 'swanlab_lark_secret' "
+                        "(SWANLAB_LARK_SECRET) to the secret in the bot's settings."
+                    )
 
     def _hello(self, next_seq: int) -> Hello:
         return Hello(
@@ -288,12 +400,14 @@ class Observer:
             gpu=gpu_name(self.local_rank),
             life=self._life,
             next_seq=next_seq,
+            restarts=most_restarts(),
         )
 
     def _forked(self) -> None:
         """In a forked child: the flusher does not exist here, and the run is the parent's."""
         self._put = self._append = _ignore
-        self._finished = True
+        self.spans.close()
+        self._finished = self._inherited = True
         self._watch.stop()
 
 
@@ -307,7 +421,10 @@ class DisabledObserver(Observer):
         self.outcome = None
         self.result = (None, None)
         self.trained_steps = 0
+        self.tokenizers = set()
         self._finished = False
+        self.spans = SpanLog(_ignore)
+        self.spans.close()
 
     @property
     def run_id(self) -> str | None:
@@ -316,6 +433,13 @@ class DisabledObserver(Observer):
     def log(self, data: Mapping[str, Any], step: SupportsIndex | None = None) -> None: ...
 
     def _log(self, data: Any, step: Any, scope: int) -> None: ...
+
+    def log_completions(self, rows: Iterable[Mapping[str, Any]], step: SupportsIndex | None = None) -> None: ...
+
+    def span(self, name: str) -> Span | NoSpan:
+        return NO_SPAN
+
+    def send(self, event: bytes | Deferred) -> None: ...
 
     def config(self, values: Mapping[str, Any] | None = None, **more: Any) -> None: ...
 
@@ -330,9 +454,10 @@ class DisabledObserver(Observer):
         return True
 
     def statistics(self) -> ChannelStatistics:
-        return ChannelStatistics(0, 0, 0, 0, 0)
+        return ChannelStatistics(0, 0, 0, {}, 0, 0)
 
     def finish(self, state: State = "success", error: str | None = None, timeout: float = FINISH_TIMEOUT_S) -> bool:
+        _forget(self)
         return True
 
 
@@ -356,7 +481,7 @@ def connect(settings: ObserverSettings | None = None, **overrides: Any) -> Obser
     if settings is not None and overrides:
         raise SettingsError(f"Pass either settings or keywords to connect(), not both (got {', '.join(overrides)}).")
     settings = settings or ObserverSettings(**overrides)
-    if _current is not None:
+    if _current is not None and not (isinstance(_current, DisabledObserver) and settings.active):
         if settings != _current.settings:
             warn_once("second connect", "connect() was called again with other settings; the first ones stay.")
         return _current
@@ -364,11 +489,13 @@ def connect(settings: ObserverSettings | None = None, **overrides: Any) -> Obser
     if not settings.active:
         if settings.mode != "disabled" and "use_swanlab" not in settings.model_fields_set:
             raise SettingsError("No project is set: pass project='my-project' or set SWANLAB_PROJ_NAME.")
-        return DisabledObserver(settings, identity)
+        _current = DisabledObserver(settings, identity)
+        return _current
     if identity.nodes == 1 and not identity.in_ray_train and not os.environ.get("RAY_ADDRESS"):
         check_writable(settings.log_dir)  # elsewhere the writer's machine is another one, and says so itself
     check_run_id(settings, identity)
     _current = Observer(settings, identity, RayLink(settings, identity))
+    spans.active = _current.spans
     if settings.strict:
         _current.require_ready()
     return _current
@@ -382,20 +509,26 @@ def current() -> Observer | None:
 def _forget(observer: Observer) -> None:
     global _current
     if _current is observer:
-        _current = None
+        _current = spans.active = None
 
 
 def _after_fork() -> None:
     global _current
-    if _current is not None:
-        _current._forked()
-        _current = None
+    observer, _current = _current, None
+    spans.active = None
+    if observer is not None and not isinstance(observer, DisabledObserver):
+        observer._forked()
         ray = sys.modules.get("ray")
         if ray is not None:
             atexit.unregister(ray.shutdown)  # it would wait for threads that only the parent has
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def _readable(text: str | None) -> str | None:
+    """An error may name a file whose name is no Unicode; such text cannot be sent."""
+    return text if text is None else text.encode("utf-8", "replace").decode()
 
 
 def _ignore(event: object) -> None:

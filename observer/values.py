@@ -6,8 +6,8 @@ waiting for the GPU, and read by the flusher. None, strings and lists are passed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import msgspec
 
@@ -19,6 +19,8 @@ class OnDevice(Exception):
 def _to_float(value: Any) -> float:
     if getattr(value, "is_cuda", False):
         raise OnDevice
+    if isinstance(value, HostCopy):
+        value = value.read()
     try:
         detach = getattr(value, "detach", None)  # a tensor that needs a gradient warns when it is read
         return float(value if detach is None else detach())
@@ -48,7 +50,7 @@ def salvage(data: Mapping[Any, Any], reject: Callable[[str, str], None], prefix:
             kept[key] = _to_float(value)
         except OnDevice:
             try:
-                kept[key] = HostCopy(value)
+                kept[key] = HostCopy(value.reshape(()))
             except Exception:
                 reject(key, f"{type(value).__name__} on a GPU is not a single number")
         except (TypeError, ValueError) as error:
@@ -57,7 +59,7 @@ def salvage(data: Mapping[Any, Any], reject: Callable[[str, str], None], prefix:
 
 
 class HostCopy:
-    """A 0-d CUDA tensor on its way to pinned memory.
+    """A CUDA tensor on its way to pinned memory.
 
     The copy is queued on the current stream, so a later in-place change of the tensor does not show.
     """
@@ -65,32 +67,43 @@ class HostCopy:
     def __init__(self, tensor: Any) -> None:
         import torch
 
-        self._host = torch.empty((), dtype=torch.float64, pin_memory=True)
-        self._host.copy_(tensor.detach().reshape(()), non_blocking=True)
+        source = tensor.detach()
+        self._host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        self._host.copy_(source, non_blocking=True)
         self._copied = torch.cuda.Event()
-        self._copied.record(torch.cuda.current_stream(tensor.device))
+        self._copied.record(torch.cuda.current_stream(source.device))
 
     def ready(self) -> bool:
         """Whether it has arrived. Never waits for the GPU."""
         return bool(self._copied.query())
 
-    def read(self) -> float:
-        """The value, once it has arrived."""
-        return float(self._host)
+    def read(self) -> Any:
+        """The tensor on the host, once it has arrived."""
+        return self._host
+
+
+class Copy(Protocol):
+    """Something on its way from a GPU."""
+
+    def ready(self) -> bool: ...
 
 
 class Deferred:
-    """An event with values that are still on their way from a GPU."""
+    """An event that is encoded by the flusher: its values are on their way from a GPU, or take time to put in order.
 
-    def __init__(self, values: dict[str, Any], encode_values: Callable[[dict[str, Any]], bytes]) -> None:
-        self._values = values
-        self._encode = encode_values
+    Args:
+        copies: what has to arrive before.
+        encode: makes the encoded event then.
+        lost: called instead where there was no room for it.
+    """
+
+    def __init__(
+        self, copies: Iterable[Copy], encode: Callable[[], bytes], lost: Callable[[], None] = lambda: None
+    ) -> None:
+        self._copies = tuple(copies)
+        self.encode = encode
+        self.lost = lost
 
     def ready(self) -> bool:
-        """Whether all of them have arrived."""
-        return all(value.ready() for value in self._values.values() if isinstance(value, HostCopy))
-
-    def encode(self) -> bytes:
-        """The encoded event, once it is ready."""
-        read = {key: value.read() if isinstance(value, HostCopy) else value for key, value in self._values.items()}
-        return self._encode(read)
+        """Whether everything has arrived."""
+        return all(copy.ready() for copy in self._copies)

@@ -7,15 +7,19 @@ from typing import Any
 import msgspec
 from rich import box
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from swanlab_ray.actors.protocol import ACTOR_PREFIX, NAMESPACE, WriterStatus
-from swanlab_ray.actors.status import status_line
+from swanlab_ray.actors.protocol import ACTOR_PREFIX, NAMESPACE, RankStatus, WriterStatus
+from swanlab_ray.actors.status import duration, standstill, status_line
 from swanlab_ray.observer import cluster
 
 __all__ = ["Watcher", "as_json", "rank_table", "status_line"]
 
 ANSWER_S = 10.0
+STANDING_S = 10.0
+"""Seconds without a step that are shown."""
 
 
 class Watcher:
@@ -65,7 +69,7 @@ class Watcher:
 def rank_table(status: WriterStatus) -> Group:
     """A row per rank: where it runs, how far it is, and what became of its events."""
     table = Table(title=_title(status), title_justify="left", box=box.ROUNDED, padding=(0, 0))
-    for name in ("rank", "host", "device", "state", "step", "ms/step", "loss", "sent", "received", "dropped"):
+    for name in ("rank", "host", "device", "state", "step", "ms/step", "loss", "logged", "journal", "dropped"):
         left = name in ("host", "device", "state")
         table.add_column(name, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
     for rank in status.ranks:
@@ -74,24 +78,33 @@ def rank_table(status: WriterStatus) -> Group:
             str(rank.rank),
             rank.host,
             rank.gpu or "CPU",
-            f"[{colour}]{rank.state}[/]",
+            f"[{colour}]{rank.state}[/]{_standing(rank)}",
             _of(rank.step, status.max_steps),
             "-" if rank.step_time is None else f"{rank.step_time * 1e3:.0f}",
             "-" if rank.loss is None else f"{rank.loss:.4f}",
             str(rank.logged),
             str(rank.received),
-            str(rank.dropped),
+            str(rank.dropped) if not rank.spooled else f"{rank.dropped} (+{rank.spooled} spooled)",
         )
+    hang = [Text(standstill(status.hang), "red")] if status.hang else []
     return Group(
         table,
-        f"{status.received} events in, {status.written} scalars written to SwanLab, lag {status.lag:.1f} s, "
-        f"dropped {status.dropped}",
+        *hang,
+        f"{status.received} events in the journal, {status.written} scalars written to SwanLab, "
+        f"lag {status.lag:.1f} s, dropped {status.dropped}",
     )
 
 
 def as_json(status: WriterStatus) -> Any:
     """The status as plain values, for ``--json``."""
     return msgspec.to_builtins(status)
+
+
+def _standing(rank: RankStatus) -> str:
+    """How long a rank has not got ahead, where that is long, and what it does."""
+    if rank.state != "running" or rank.idle is None or rank.idle < STANDING_S:
+        return ""
+    return f" {duration(rank.idle)} {escape(rank.span)}".rstrip()
 
 
 def _title(status: WriterStatus) -> str:

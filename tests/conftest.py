@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -11,6 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from swanlab_ray.actors.locks import hold_lock
+from swanlab_ray.observer import notices
+from tests import forked
+from tests.forked import ForkedProcess
+
 # One tested way to run here: no hub, no telemetry, no auth on clusters that listen on this machine only.
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -18,25 +24,76 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
     OMP_NUM_THREADS="1",
+    # A cluster, and this process in it, must survive that the machine stands still for a minute.
+    RAY_health_check_failure_threshold="100",
+    RAY_gcs_rpc_server_reconnect_timeout_s="1000000",
+    RAY_worker_register_timeout_seconds="600",
+    RAY_agent_register_timeout_ms="600000",
+    RAY_memory_monitor_refresh_ms="0",
+    RAY_worker_niceness="0",
+    RAY_prestart_worker_first_driver="0",
 )
 
 
 def environment() -> dict[str, str]:
     """What a user's process would inherit; SwanLab leaves variables of its own behind in this one."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("SWANLAB_", "OBSERVER_"))}
+    return {name: value for name, value in os.environ.items() if not name.startswith(("SWANLAB_", "OBSERVER_"))} | QUIET
 
+
+def job_environment(extra: dict[str, str]) -> dict[str, str]:
+    """That of a job with a project."""
+    return environment() | {"SWANLAB_PROJ_NAME": "test", "SWANLAB_MODE": "offline", "PYTHONUNBUFFERED": "1"} | extra
+
+
+QUIET = {"OBSERVER_NODE_INTERVAL": "0", "OBSERVER_DASHBOARD": "0"}
+"""Values that come by the clock would make every count of events a guess; a dashboard takes a fifth of a core."""
 
 for stray in os.environ.keys() - environment().keys():
     del os.environ[stray]
+os.environ.update(QUIET)
 
 _CLUSTER = """
-import ray, sys
-context = ray.init(
-    address="local", num_cpus=8, num_gpus=0, object_store_memory=100 << 20, log_to_driver=False, include_dashboard=True
-)
-print(context.address_info["gcs_address"], context.dashboard_url, context.address_info["session_dir"], flush=True)
-sys.stdin.read()
+import ray, sys, time
+from pathlib import Path
+from swanlab_ray.actors.locks import nobody_holds
+from swanlab_ray.observer.keeper import be_patient, leave_out_what_idles
+directory = Path(sys.argv[1])
+be_patient()
+leave_out_what_idles(dashboard=True)
+context = ray.init(address="local", num_cpus=8, num_gpus=0, object_store_memory=100 << 20, log_to_driver=False)
+where = context.address_info
+described = directory / "described.new"
+described.write_text(" ".join([where["gcs_address"], context.dashboard_url or "none", where["session_dir"]]))
+described.rename(directory / "described")
+dashboard = True
+while not nobody_holds(str(directory / "used")):
+    if dashboard and (directory / "no dashboard").exists():
+        ray._private.worker._global_node.kill_dashboard(check_alive=False)
+        dashboard = False
+    time.sleep(0.5)
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start processes come last: an idle Ray cluster takes half a core of a slow machine."""
+
+    def place(item: pytest.Item) -> tuple[bool, bool]:
+        fixtures = getattr(item, "fixturenames", [])
+        return not {"ray_cluster", "launch"}.isdisjoint(fixtures), "dashboard" not in fixtures
+
+    items.sort(key=place)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Show a failure at once: a session that is cut off never comes to its summary."""
+    if report.failed:
+        print(f"\n{report.nodeid} ({report.when})\n{report.longreprtext[-6000:]}", flush=True)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sentence is said once in a process, and these tests share one."""
+    monkeypatch.setattr(notices, "_said", set())
 
 
 @dataclass(frozen=True)
@@ -44,24 +101,29 @@ class SharedCluster:
     address: str
     dashboard: str
     session_dir: Path
+    directory: Path
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[SharedCluster]:
-    """One Ray cluster for all tests that do not harm it."""
-    holder = subprocess.Popen(
-        [sys.executable, "-c", _CLUSTER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdin is not None
-    assert holder.stdout is not None
-    address, dashboard, session_dir = holder.stdout.readline().split()
-    yield SharedCluster(address, f"http://{dashboard}", Path(session_dir))
-    holder.stdin.close()
-    holder.wait(60)
+def ray_cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedCluster]:
+    """One Ray cluster for all tests that do not harm it, of all of pytest's workers. It ends after the last of them."""
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cluster"
+    directory.mkdir(exist_ok=True)
+    used = hold_lock(str(directory / "used"))
+    described = directory / "described"
+    with open(directory / "starting", "w") as starting:
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        if not described.exists():
+            with open(directory / "output", "w") as output:
+                holder = subprocess.Popen([sys.executable, "-c", _CLUSTER, directory], stdout=output, stderr=output)
+            wait_until(lambda: described.exists() or holder.poll() is not None, 600, "a cluster")
+            assert described.exists(), (directory / "output").read_text()
+    if not any("dashboard" in getattr(item, "fixturenames", []) for item in request.session.items):
+        (directory / "no dashboard").touch()
+    address, dashboard, session_dir = described.read_text().split()
+    yield SharedCluster(address, f"http://{dashboard}", Path(session_dir), directory)
+    os.close(used)
 
 
 @pytest.fixture
@@ -69,6 +131,13 @@ def in_cluster(ray_cluster: SharedCluster, monkeypatch: pytest.MonkeyPatch) -> S
     """Runs started by this test report to the shared cluster."""
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
     return ray_cluster
+
+
+@pytest.fixture
+def dashboard(in_cluster: SharedCluster) -> Iterator[SharedCluster]:
+    """The shared cluster, which still has its dashboard. It takes a fifth of a core, so it ends with the test."""
+    yield in_cluster
+    (in_cluster.directory / "no dashboard").touch()
 
 
 @dataclass(frozen=True)
@@ -83,10 +152,10 @@ class Finished:
 class Job:
     """A script under torchrun, or alone where ``ranks`` is 0."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | ForkedProcess
     output_file: Path
 
-    def wait(self, timeout: float = 120) -> Finished:
+    def wait(self, timeout: float = 1000) -> Finished:
         code = self.process.wait(timeout)
         return Finished(code, self.output_file.read_text())
 
@@ -99,31 +168,27 @@ Launch = Callable[..., Job]
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    """Start a script in a directory of its own; its runs lie in ``tmp_path/swanlog``."""
+    """Start a script in a directory of its own; its runs lie in ``tmp_path/swanlog``. With ``forks``, ranks are forks
+    of a new process, which finds its libraries by ``PYTHONPATH``."""
     jobs: list[Job] = []
 
-    def start(source: str, ranks: int = 1, torchrun: tuple[str, ...] = ("--standalone",), **env: str) -> Job:
+    def start(
+        source: str, ranks: int = 1, torchrun: tuple[str, ...] = ("--standalone",), forks: bool = False, **env: str
+    ) -> Job:
         number = len(jobs)
         script = tmp_path / f"script{number}.py"
         script.write_text(textwrap.dedent(source))
-        command = [sys.executable, str(script)]
-        if ranks:
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                *torchrun,
-                f"--nproc_per_node={ranks}",
-                str(script),
-            ]
         output = tmp_path / f"output{number}.txt"
+        output.touch()
+        if ranks and not forks:
+            options = (*torchrun, f"--nproc_per_node={ranks}")
+            jobs.append(Job(forked.torchrun(options, script, job_environment(env), output), output))
+            return jobs[-1]
         with open(output, "w") as file:
             process = subprocess.Popen(
-                command,
+                forked.in_process_of_its_own(ranks, script) if forks else [sys.executable, str(script)],
                 cwd=tmp_path,
-                env=environment()
-                | {"SWANLAB_PROJ_NAME": "test", "SWANLAB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
-                | env,
+                env=job_environment(env),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -139,7 +204,18 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
             job.process.wait()
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 60, what: str = "condition") -> None:
+def run_forked(source: str, directory: Path, ranks: int, timeout: float = 1000, **env: str) -> Finished:
+    """Run a script under torchrun on ranks that have torch and Trainers imported already."""
+    script, output = directory / "script.py", directory / "output.txt"
+    script.write_text(textwrap.dedent(source))
+    process = forked.torchrun_with_forks(ranks, script, job_environment(env), output)
+    try:
+        return Finished(process.wait(timeout), output.read_text())
+    finally:
+        process.kill()
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 150, what: str = "condition") -> None:
     """Poll a condition with a deadline."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ class RunFile:
     path: Path
     scalars: dict[str, dict[int, float]] = field(default_factory=dict)
     times: dict[str, dict[int, float]] = field(default_factory=dict)
+    media: dict[str, dict[int, list[str]]] = field(default_factory=dict)
+    """Contents of media files by name and step."""
+    captions: dict[str, dict[int, list[str]]] = field(default_factory=dict)
     state: str | None = None
     error: str = ""
 
@@ -25,6 +29,11 @@ class RunFile:
     def config(self) -> dict[str, Any]:
         stored = yaml.safe_load((self.path / "files" / "config.yaml").read_text()) or {}
         return {key: entry["value"] for key, entry in stored.items()}
+
+    def table(self, name: str) -> list[dict[str, Any]]:
+        """All rows of the tables of this name."""
+        contents = [content for _, contents in sorted(self.media.get(name, {}).items()) for content in contents]
+        return [row for content in contents for row in json.loads(content)["rowData"]]
 
     def values(self, name: str) -> list[float]:
         """Values in the order of their steps."""
@@ -41,7 +50,7 @@ def only_run(log_dir: Path) -> RunFile:
     return read_run(directory)
 
 
-def ended_run(log_dir: Path, timeout: float = 60) -> RunFile:
+def ended_run(log_dir: Path, timeout: float = 150) -> RunFile:
     """The one run under a log directory, once its finish record is there."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -65,6 +74,15 @@ def read_run(directory: Path) -> RunFile:
                 assert scalar.step not in steps, f"{scalar.key} written twice at step {scalar.step}"
                 steps[scalar.step] = scalar.value.number
                 run.times.setdefault(scalar.key, {})[scalar.step] = scalar.timestamp.ToNanoseconds() / 1e9
+            case "media":
+                media = record.media
+                kinds = media.DESCRIPTOR.fields_by_name["type"].enum_type.values_by_number
+                kind = kinds[media.type].name.removeprefix("COLUMN_TYPE_").lower()
+                contents = [(directory / "media" / kind / item.filename).read_text() for item in media.value.items]
+                assert media.step not in run.media.setdefault(media.key, {})
+                run.media[media.key][media.step] = contents
+                captions = [item.caption for item in media.value.items]
+                run.captions.setdefault(media.key, {})[media.step] = captions
             case "finish":
                 state = record.finish.DESCRIPTOR.fields_by_name["state"].enum_type
                 run.state = state.values_by_number[record.finish.state].name.removeprefix("RUN_STATE_").lower()

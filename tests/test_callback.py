@@ -1,10 +1,8 @@
-"""Real Trainers with the callback, reporting to a real writer on the shared cluster."""
+"""Real Trainers with the callback, reporting to a real writer in this process, with the real SwanLab."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,22 +14,19 @@ from transformers import Trainer
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer import ObserverCallback, current
 from tests import tiny
-from tests.conftest import Launch, SharedCluster
+from tests.conftest import SharedCluster, run_forked
+from tests.incarnations import Cluster, Link, mortal, settings_for
 from tests.swanlab_file import RunFile, ended_run, only_run
-
-_numbers = itertools.count()
 
 
 @pytest.fixture
-def settings(tmp_path: Path, ray_cluster: SharedCluster) -> Iterator[ObserverSettings]:
-    """Settings of a run; this process is connected to Ray already, as one that uses Ray itself is."""
-    import ray
-
-    if not ray.is_initialized():
-        ray.init(address=ray_cluster.address, namespace="tests", log_to_driver=False, logging_level="ERROR")
-    yield ObserverSettings(
-        project="p", mode="offline", log_dir=tmp_path / "swanlog", run_id=f"callback-{os.getpid()}-{next(_numbers)}"
-    )
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObserverSettings]:
+    """Settings of a run whose writer is in this process."""
+    mortal(monkeypatch, swanlab=True)
+    settings = settings_for(tmp_path / "swanlog")
+    cluster = Cluster(settings)
+    monkeypatch.setattr("swanlab_ray.observer.session.RayLink", lambda settings, identity: Link(cluster))
+    yield settings
     observer = current()
     if observer is not None:
         observer.finish("aborted", "the test left it open", timeout=20)
@@ -128,7 +123,7 @@ def test_auto_find_batch_size_is_one_run_that_succeeds(settings: ObserverSetting
             return super().training_step(*args, **kwargs)
 
     callback = ObserverCallback(settings)
-    tiny.trainer(tmp_path, [callback], Greedy, auto_find_batch_size=True, per_device_train_batch_size=8).train()
+    tiny.trainer(tmp_path, [callback], Greedy, auto_find_batch_size=True, per_device_train_batch_size=5).train()
     run = finished(settings)
     assert run.state == "finished"
     assert failures
@@ -201,28 +196,23 @@ def test_a_failing_observer_never_stops_training(
 TRAIN_TWO_RANKS = """
     import sys
     from pathlib import Path
-    sys.path.insert(0, {root!r})
     from swanlab_ray.observer import ObserverCallback
     from tests import tiny
     trainer = tiny.trainer(Path("out"), [ObserverCallback()], ddp_backend="gloo")
     trainer.train()
-    {after}
+    sys.exit(3)
 """
 
 
-@pytest.mark.parametrize(("after", "state"), [("", "finished"), ("sys.exit(3)", "crashed")])
-def test_two_ranks_report_each_its_own(
-    launch: Launch, tmp_path: Path, in_cluster: SharedCluster, after: str, state: str
-) -> None:
+def test_two_ranks_report_each_its_own(tmp_path: Path, in_cluster: SharedCluster) -> None:
     """Under torchrun, closed by the exit alone: each rank's loss, their mean the Trainer's, one truthful end."""
-    root = str(Path(__file__).parents[1])
-    launch(TRAIN_TWO_RANKS.format(root=root, after=after), ranks=2).wait()
+    run_forked(TRAIN_TWO_RANKS, tmp_path, ranks=2)
     run = ended_run(tmp_path / "swanlog")
     assert set(run.scalars["rank/0/loss"]) == set(run.scalars["rank/1/loss"]) == {1, 2, 3, 4}
     assert run.scalars["rank/0/loss"] != run.scalars["rank/1/loss"]
     assert run.scalars["ranks/loss/mean"] == pytest.approx(run.scalars["train/loss"], abs=1e-3)
     assert set(run.scalars["ranks/step_time/argmax"]) == {1, 2, 3, 4}
-    assert run.state == state
+    assert run.state == "crashed"
 
 
 def test_trl_trainers_work_the_same(settings: ObserverSettings, tmp_path: Path) -> None:

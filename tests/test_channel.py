@@ -11,26 +11,32 @@ from typing import Any
 
 import pytest
 
+from swanlab_ray.actors.history import find_runs, merged
 from swanlab_ray.actors.protocol import (
     SCALARS,
     USER,
     Ack,
     Beat,
+    Completions,
     Farewell,
     Goodbye,
     Hello,
     Scalars,
-    Welcome,
     WriterStatus,
     decode_batch,
 )
+from swanlab_ray.actors.records import Batch
 from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.observer import cells as cells_module
 from swanlab_ray.observer import channel as channel_module
 from swanlab_ray.observer import session as session_module
+from swanlab_ray.observer import spool as spool_module
 from swanlab_ray.observer.channel import Channel
 from swanlab_ray.observer.identity import Identity
 from swanlab_ray.observer.link import LinkBroken
+from swanlab_ray.observer.pulse import Pulse
 from swanlab_ray.observer.session import Observer
+from swanlab_ray.observer.spans import SpanLog
 from swanlab_ray.observer.values import encode
 from tests.conftest import wait_until
 
@@ -45,25 +51,29 @@ class ShakyLink:
         self.next_seq = 0
         self.down = False
         self.mute = False
+        self.full = False
         self.lose_acks = 0
         self.hellos: list[Hello] = []
         self.beats: list[Beat] = []
         self.goodbyes: list[Goodbye] = []
 
-    def open(self, hello: Hello) -> Welcome:
+    def open(self, hello: Hello) -> Ack:
         if self.down:
             raise LinkBroken("it is down")
         self.hellos.append(hello)
         self.next_seq = max(self.next_seq, hello.next_seq)
-        return Welcome(next_seq=self.next_seq, flush_interval=0.01, notices=[])
+        return self.ack()
 
-    def ingest(self, rank: int, life: str, seq: int, batch: bytes) -> Any:
+    def ack(self) -> Ack:
+        return Ack(self.next_seq, self.next_seq, 0.01, [])
+
+    def ingest(self, rank: int, life: str, seq: int, events: int, batch: bytes) -> Any:
         if self.down:
             raise LinkBroken("it is down")
-        if seq == self.next_seq:
+        if seq == self.next_seq and not self.full:
             self.next_seq += 1
             self.taken += decode_batch(batch)[0]
-        return Ack(self.next_seq, 0.01, [])
+        return self.ack()
 
     def acknowledged(self, reference: Any, wait: float) -> Ack | None:
         if self.lose_acks:
@@ -75,8 +85,8 @@ class ShakyLink:
         self.beats.append(beat)
         return True
 
-    def beaten(self, reference: Any) -> bool | None:
-        return True
+    def beaten(self, reference: Any) -> Ack | bool | None:
+        return None if self.mute else self.ack()
 
     def goodbye(self, goodbye: Goodbye, wait: float) -> Farewell:
         self.goodbyes.append(goodbye)
@@ -110,7 +120,7 @@ def test_events_arrive_once_and_in_order(link: ShakyLink, observer: Observer) ->
     assert observer.finish()
     assert link.steps() == list(range(5000))
     statistics = observer.statistics()
-    assert (statistics.logged, statistics.acknowledged, statistics.dropped) == (5000, 5000, 0)
+    assert (statistics.logged, statistics.acknowledged, statistics.dropped) == (5000, 5000, {})
 
 
 def test_a_lost_acknowledgement_is_sent_again_and_taken_once(link: ShakyLink, observer: Observer) -> None:
@@ -143,35 +153,87 @@ def test_a_writer_that_forgot_everything_is_told_where_the_rank_stands(link: Sha
     assert link.hellos[-1].next_seq == 1
 
 
-def test_memory_is_bounded_and_the_loss_counted(
+def test_what_does_not_fit_in_memory_waits_on_disk_and_arrives_in_order(
     link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(channel_module, "UNSENT_BYTES", 10_000)
+    monkeypatch.setattr(channel_module, "EVENTS_PER_BATCH", 100)
     assert observer.wait_ready(10)
     link.mute = True
     for step in range(20_000):
         observer.log({"x": step}, step)
-    wait_until(lambda: observer.statistics().dropped > 0)
+    wait_until(lambda: observer.statistics().spooled > 15_000)
+    spools = list(observer.settings.log_dir.rglob("spool-*.log"))
+    assert len(spools) == 1
+    link.mute = False
+    assert observer.finish()
+    assert link.steps() == list(range(20_000))
+    statistics = observer.statistics()
+    assert (statistics.acknowledged, statistics.spooled, statistics.dropped) == (20_000, 0, {})
+    assert not spools[0].exists()
+
+
+def test_without_room_anywhere_the_loss_is_counted(
+    link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "UNSENT_BYTES", 10_000)
+    monkeypatch.setattr(channel_module, "EVENTS_PER_BATCH", 100)
+    monkeypatch.setattr(spool_module, "SPOOL_BYTES", 0)
+    assert observer.wait_ready(10)
+    link.mute = True
+    for step in range(20_000):
+        observer.log({"x": step}, step)
+    wait_until(lambda: bool(observer.statistics().dropped))
     link.mute = False
     assert not observer.finish()
     statistics = observer.statistics()
-    assert statistics.acknowledged + statistics.dropped == statistics.logged == 20_000
+    dropped = sum(statistics.dropped.values())
+    assert set(statistics.dropped) == {channel_module.NO_ROOM}
+    assert statistics.acknowledged + dropped == statistics.logged == 20_000
     assert len(link.steps()) == statistics.acknowledged
     assert link.steps() == sorted(set(link.steps()))
     assert link.steps()[-1] == 19_999  # the oldest go first
-    assert link.goodbyes[0].dropped == statistics.dropped
+    assert link.goodbyes[0].counted.dropped == statistics.dropped
+
+
+def test_what_cannot_be_sent_at_the_end_is_on_this_machine_s_disk(link: ShakyLink, observer: Observer) -> None:
+    assert observer.wait_ready(10)
+    link.mute = True
+    for step in range(3000):
+        observer.log({"x": step}, step)
+    assert not observer.finish(timeout=0.5)
+    assert observer.statistics().spooled == 3000
+    (run,) = find_runs([observer.settings.log_dir])
+    (spool,) = run.spools
+    batches = [entry for entry in merged(run) if isinstance(entry, Batch)]
+    assert spool.name.startswith("spool-0-")
+    steps = [event.step for batch in batches for event in decode_batch(batch.data)[0] if isinstance(event, Scalars)]
+    assert steps == list(range(3000))
+
+
+def test_the_writer_may_have_no_room_for_a_while(link: ShakyLink, observer: Observer) -> None:
+    assert observer.wait_ready(10)
+    link.full = True
+    for step in range(1000):
+        observer.log({"x": step}, step)
+    assert not observer.flush(timeout=0.5)
+    link.full = False
+    assert observer.finish()
+    assert link.steps() == list(range(1000))
+    assert observer.statistics().reconnections == 0
 
 
 def test_the_training_thread_never_waits_for_room(link: ShakyLink, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_module, "CAPACITY", 100)
     link.down = True
-    channel = Channel(link, 0, "life", lambda seq: None, lambda: None)  # type: ignore[arg-type, return-value]
+    pulse = Pulse(SpanLog(print), int)
+    channel = Channel(link, 0, "life", lambda seq: None, lambda: None, lambda run: None, pulse)  # type: ignore[arg-type, return-value]
     event = encode((SCALARS, 0, 0, USER, {"x": 1.0}))
     for _ in range(1000):
         channel.put(event)
     statistics = channel.statistics()
-    assert statistics.waiting + statistics.dropped == statistics.logged == 1000
-    channel.finish(lambda logged, dropped: None, timeout=0.1)  # type: ignore[arg-type, return-value]
+    assert statistics.waiting + sum(statistics.dropped.values()) == statistics.logged == 1000
+    channel.finish(lambda counted: None, timeout=0.1)  # type: ignore[arg-type, return-value]
 
 
 def test_finish_returns_in_its_deadline_when_nobody_answers(link: ShakyLink, observer: Observer) -> None:
@@ -181,7 +243,7 @@ def test_finish_returns_in_its_deadline_when_nobody_answers(link: ShakyLink, obs
     began = time.monotonic()
     assert not observer.finish(timeout=1)
     assert time.monotonic() - began < 5
-    assert observer.statistics().dropped == 1
+    assert observer.statistics().spooled == 1
 
 
 def test_steps_count_up_where_none_is_given(link: ShakyLink, observer: Observer) -> None:
@@ -262,6 +324,12 @@ def test_a_value_on_a_gpu_is_read_by_the_flusher_in_order(
     class OnGpu:
         is_cuda = True
 
+        def reshape(self, shape: tuple[()]) -> OnGpu:
+            return self
+
+        def numel(self) -> int:
+            return 1
+
         def __float__(self) -> float:
             raise AssertionError("reading it would wait for the GPU")
 
@@ -281,16 +349,23 @@ def test_a_value_on_a_gpu_is_read_by_the_flusher_in_order(
 
     monkeypatch.setattr(values, "HostCopy", Copy)
     monkeypatch.setattr(session_module, "HostCopy", Copy)
+    monkeypatch.setattr(cells_module, "HostCopy", Copy)
     observer.log({"before": 1}, 0)
     observer.log({"lost": OnGpu()}, 1)
     observer.log({"x": OnGpu(), "y": 1}, 2)
+    observer.log_completions([{"prompt": "p", "reward": OnGpu()}], 2)
     observer.log({"after": 1}, 3)
     wait_until(lambda: link.steps() == [0])
-    assert observer.statistics().waiting == 3
+    assert observer.statistics().waiting == 4
     arrived.set()
     observer.finish()
-    assert [event.values for event in link.taken] == [{"before": 1.0}, {"x": 2.5, "y": 1.0}, {"after": 1.0}]
-    assert observer.statistics().dropped == 1  # the GPU failed while it was read, and the rest went on
+    (rows,) = [event for event in link.taken if isinstance(event, Completions)]
+    assert rows.columns == {"prompt": ["p"], "reward": [2.5]}
+    scalars = [event.values for event in link.taken if isinstance(event, Scalars)]
+    assert scalars == [{"before": 1.0}, {"x": 2.5, "y": 1.0}, {"after": 1.0}]
+    assert observer.statistics().dropped == {
+        channel_module.UNREAD: 1
+    }  # the GPU failed while it was read, and the rest went on
 
 
 def test_secrets_in_a_configuration_are_masked(link: ShakyLink, observer: Observer) -> None:
@@ -306,5 +381,5 @@ def test_secrets_in_a_configuration_are_masked(link: ShakyLink, observer: Observ
 def test_signs_of_life_carry_the_counts(link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_module, "BEAT_S", 0.01)
     observer.log({"x": 1})
-    wait_until(lambda: bool(link.beats) and link.beats[-1].logged == 1)
+    wait_until(lambda: bool(link.beats) and link.beats[-1].counted.logged == 1)
     assert next(itertools.islice(link.beats, 1)).rank == 0

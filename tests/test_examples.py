@@ -1,27 +1,28 @@
-"""The examples of the docs, run as a reader would: same commands, then SwanLab's file."""
+"""The examples of the docs, on two ranks; then SwanLab's file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from tests.conftest import Launch, SharedCluster
+from swanlab_ray.observer.cli import main
+from tests.conftest import Launch, SharedCluster, run_forked
 from tests.swanlab_file import RunFile, ended_run
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
 
-def run_example(launch: Launch, tmp_path: Path, name: str, ranks: int) -> RunFile:
-    source = (EXAMPLES / name).read_text()
-    done = launch(source, ranks=ranks).wait(240)
+def run_example(tmp_path: Path, name: str) -> RunFile:
+    done = run_forked((EXAMPLES / name).read_text(), tmp_path, ranks=2)
     assert done.code == 0, done.output
     return ended_run(tmp_path / "swanlog")
 
 
 @pytest.mark.parametrize("name", ["plain_torch.py", "accelerate_loop.py"])
-def test_own_loops(launch: Launch, tmp_path: Path, in_cluster: SharedCluster, name: str) -> None:
-    run = run_example(launch, tmp_path, name, ranks=2)
+def test_own_loops(tmp_path: Path, in_cluster: SharedCluster, name: str) -> None:
+    run = run_example(tmp_path, name)
     for rank in range(2):
         assert set(run.scalars[f"rank/{rank}/loss"]) == set(range(20))
     assert run.scalars["rank/0/loss"] != run.scalars["rank/1/loss"]
@@ -31,9 +32,17 @@ def test_own_loops(launch: Launch, tmp_path: Path, in_cluster: SharedCluster, na
     assert run.state == "finished"
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("transformers_trainer.py", 2), ("ray_train.py", 0)])
-def test_trainers(launch: Launch, tmp_path: Path, in_cluster: SharedCluster, name: str, ranks: int) -> None:
-    run = run_example(launch, tmp_path, name, ranks)
+def test_transformers_trainer(tmp_path: Path, in_cluster: SharedCluster) -> None:
+    check_trainer(run_example(tmp_path, "transformers_trainer.py"))
+
+
+def test_ray_train(launch: Launch, tmp_path: Path, in_cluster: SharedCluster) -> None:
+    done = launch((EXAMPLES / "ray_train.py").read_text(), ranks=0).wait()
+    assert done.code == 0, done.output
+    check_trainer(ended_run(tmp_path / "swanlog"))
+
+
+def check_trainer(run: RunFile) -> None:
     assert len(run.scalars["train/loss"]) == 20
     for rank in range(2):
         assert len(run.scalars[f"rank/{rank}/loss"]) == 20
@@ -41,31 +50,16 @@ def test_trainers(launch: Launch, tmp_path: Path, in_cluster: SharedCluster, nam
     assert run.state == "finished"
 
 
-def test_plain_points_through_ray_train(launch: Launch, tmp_path: Path, in_cluster: SharedCluster) -> None:
-    """The 200 points of each worker, with the right values and steps."""
-    done = launch(
-        """
-        from ray.train import RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-
-        def worker(config):
-            from swanlab_ray.observer import connect
-            with connect(project="p", mode="offline", log_dir=config["log_dir"]) as observer:
-                for step in range(200):
-                    observer.log({"x": observer.rank * 1000 + step}, step=step)
-
-        import pathlib
-        TorchTrainer(
-            worker,
-            train_loop_config={"log_dir": str(pathlib.Path("swanlog").resolve())},
-            scaling_config=ScalingConfig(num_workers=2),
-            run_config=RunConfig(storage_path=str(pathlib.Path("results").resolve())),
-        ).fit()
-        """,
-        ranks=0,
-    ).wait(240)
-    assert done.code == 0, done.output
-    run = ended_run(tmp_path / "swanlog")
-    for rank in range(2):
-        assert run.scalars[f"rank/{rank}/x"] == {step: rank * 1000 + step for step in range(200)}
-    assert run.state == "finished"
+@pytest.mark.parametrize(("name", "text"), [("dpo.py", "chosen:  It is "), ("grpo.py", "reward/digits: ")])
+def test_completions(tmp_path: Path, in_cluster: SharedCluster, name: str, text: str) -> None:
+    run = run_example(tmp_path, name)
+    assert len(run.scalars["train/loss"]) == 30
+    for step in (1, 11, 21, 30):
+        assert run.captions["rlhf_completions"][step] == [
+            f"step {step} rank {rank}" for rank in range(2) for _ in range(4)
+        ]
+        assert all(found.startswith("prompt: What is ") for found in run.media["rlhf_completions"][step])
+    shown = CliRunner().invoke(main, ["show", "--completions", "--log-dir", str(tmp_path / "swanlog")]).output
+    assert "step 30, rank 0" in shown
+    assert "step 30, rank 1" in shown
+    assert text in shown

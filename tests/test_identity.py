@@ -17,14 +17,14 @@ def settings(**values: object) -> ObserverSettings:
     ("env", "identity"),
     [
         ({}, ONE),
-        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, Identity(5, 8, 1, 2)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, Identity(5, 8, 1, 2, node=1)),
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
           "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, Identity(1, 2, 1, 1)),
         ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"},
-         Identity(3, 4, 1, 2)),
-        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}, Identity(5, 8, 1, 2)),
+         Identity(3, 4, 1, 2, node=1)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}, Identity(5, 8, 1, 2, node=1)),
         # Set by hand: it may be eight machines.
-        ({"RANK": "5", "WORLD_SIZE": "8"}, Identity(5, 8, 0, 8)),
+        ({"RANK": "5", "WORLD_SIZE": "8"}, Identity(5, 8, 0, 8, node=5)),
         # A batch script is not one of the tasks it will start.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, ONE),
     ],

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from swanlab_ray.observer import archive
+from swanlab_ray.observer.redact import plain
 from tests.conftest import Launch, SharedCluster
-from tests.swanlab_file import only_run
+from tests.swanlab_cloud import KEY, SwanLabCloud
 
 SECRETS = {
-    "SWANLAB_API_KEY": "s3cr3tKeyOfTheCloud",
     "SWANLAB_LARK_SECRET": "s3cr3tOfTheBot",
-    "SWANLAB_LARK_WEBHOOK_URL": "https://open.feishu.cn/open-apis/bot/v2/hook/s3cr3tHook",
+    "SWANLAB_LARK_WEBHOOK_URL": "http://127.0.0.1:1/open-apis/bot/v2/hook/s3cr3tHook",
 }
 
 
@@ -21,33 +22,52 @@ def files(directory: Path) -> Iterator[Path]:
             yield path
 
 
+CRASH = """
+    from swanlab_ray.observer import ObserverSettings, connect
+    settings = ObserverSettings()
+    observer = connect(settings)
+    assert observer.wait_ready(600)
+    observer.config({"api_key": settings.api_key.get_secret_value(), "settings": settings})
+    observer.log({"x": 1}, 0)
+    print(settings, observer, observer.statistics())
+    observer.flush(600)
+    raise RuntimeError(f"settings were {settings!r}")
+"""
+
+
 def test_no_secret_is_left_anywhere(launch: Launch, tmp_path: Path, in_cluster: SharedCluster) -> None:
-    """A cloud run whose cloud refuses the connection, with all secrets set, and a crash that prints settings."""
-    done = launch(
-        """
-        from swanlab_ray.observer import ObserverSettings, connect
-        settings = ObserverSettings()
-        observer = connect(settings)
-        observer.config({"api_key": settings.api_key.get_secret_value(), "settings": settings})
-        observer.log({"x": 1}, 0)
-        print(settings, observer, observer.statistics())
-        observer.flush()
-        raise RuntimeError(f"settings were {settings!r}")
-        """,
-        ranks=0,
-        SWANLAB_MODE="cloud",
-        SWANLAB_API_HOST="http://127.0.0.1:1",
-        **SECRETS,
-    ).wait()
+    """A run in the cloud with all secrets set, and a crash that prints settings."""
+    with SwanLabCloud() as cloud:
+        done = launch(CRASH, ranks=0, SWANLAB_MODE="cloud", **cloud.environment() | SECRETS).wait()
+        assert "settings were" in done.output
+        assert cloud.only().points["x"] == {0: 1.0}
+        assert cloud.only().state == "CRASHED"
+    search(tmp_path, in_cluster)
+
+
+def test_nor_where_the_cloud_is_out_of_reach(launch: Launch, tmp_path: Path, in_cluster: SharedCluster) -> None:
+    nowhere = {"SWANLAB_API_KEY": KEY, "SWANLAB_API_HOST": "http://127.0.0.1:1"}
+    done = launch(CRASH, ranks=0, SWANLAB_MODE="cloud", **nowhere | SECRETS).wait()
     assert "settings were" in done.output
-    run = only_run(tmp_path / "swanlog")
+    run = search(tmp_path, in_cluster)
+    assert archive.latest_values(run) == {"x": (0, 1.0)}  # in the journal
+    assert f"swanlab-ray sync {run.files.paths[0].parent}" in done.output
+
+
+def search(directory: Path, cluster: SharedCluster) -> archive.Run:
+    """The run that is there, once no secret was found in what it has left behind."""
+    (run,) = archive.load(directory / "swanlog")
     assert run.state == "crashed"
-    assert run.scalars["x"] == {0: 1.0}  # kept offline, since the cloud was out of reach
-    assert f"swanlab sync {run.path} --id" in done.output
     searched = 0
-    for path in [*files(tmp_path), *files(in_cluster.session_dir / "logs")]:
+    for path in [*files(directory), *files(cluster.session_dir / "logs")]:
         content = path.read_bytes()
         searched += 1
-        for secret in ("s3cr3tKeyOfTheCloud", "s3cr3tOfTheBot", "s3cr3tHook"):
+        for secret in (KEY, "s3cr3tOfTheBot", "s3cr3tHook"):
             assert secret.encode() not in content, f"{secret} in {path}"
     assert searched > 10
+    return run
+
+
+def test_a_configuration_is_kept_without_its_secrets() -> None:
+    told = {"hub_token": "hf_1", "tracking": {"uri": "https://me:pw@host:5000/x"}, "lr": 0.1, "keys": ["a"]}
+    assert plain(told) == {"hub_token": "***", "tracking": {"uri": "https://***@host:5000/x"}, "lr": 0.1, "keys": ["a"]}

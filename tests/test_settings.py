@@ -31,11 +31,13 @@ from swanlab_ray.actors.settings import ObserverSettings, SettingsError, check_w
 )
 def test_every_parameter_has_its_default_and_type(name: str, kind: type, default: Any) -> None:
     assert getattr(ObserverSettings(), name) == default
-    good = {
-        bool: True,
-        int: 7,
-        str: "offline" if name == "mode" else "https://x.example" if "host" in name else "value",
+    texts = {
+        "mode": "offline",
+        "web_host": "https://x.example",
+        "api_host": "https://x.example",
+        "lark_webhook_url": "https://x.example/open-apis/bot/v2/hook/abc",
     }
+    good = {bool: True, int: 7, str: texts.get(name, "value")}
     extra = {"project": "p"} if name == "use_swanlab" else {}
     settings = ObserverSettings(**{name: good[kind]}, **extra)
     value = getattr(settings, name)
@@ -99,7 +101,10 @@ def test_a_project_turns_it_on_and_an_explicit_false_off() -> None:
 
 def test_secrets_show_nowhere_but_travel() -> None:
     settings = ObserverSettings(
-        project="p", api_key="s3cret-1", lark_secret="s3cret-2", lark_webhook_url="http://s3cret-3"
+        project="p",
+        api_key="s3cret-1",
+        lark_secret="s3cret-2",
+        lark_webhook_url="http://x/open-apis/bot/v2/hook/s3cret-3",
     )
     assert "s3cret" not in repr(settings) + str(settings) + settings.model_dump_json()
     again: ObserverSettings = pickle.loads(pickle.dumps(settings))

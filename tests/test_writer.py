@@ -12,10 +12,23 @@ from typing import Any
 import pytest
 
 from swanlab_ray.actors import writer as writer_module
+from swanlab_ray.actors.history import KILLED
 from swanlab_ray.actors.locks import pid_namespace
-from swanlab_ray.actors.protocol import SCALARS, USER, Farewell, Goodbye, Hello, Outcome, State, encode_batch
+from swanlab_ray.actors.protocol import (
+    SCALARS,
+    USER,
+    Beat,
+    Counted,
+    Farewell,
+    Goodbye,
+    Hello,
+    Outcome,
+    State,
+    encode_batch,
+)
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.writer import RunEnded, Writer
+from swanlab_ray.observer import archive
 from swanlab_ray.observer.values import encode
 from tests.conftest import wait_until
 from tests.swanlab_file import RunFile, only_run
@@ -50,9 +63,11 @@ class Run:
 
     def send(self, rank: int, *events: Any, life: str = "a", seq: int | None = None) -> Any:
         seq = self.seq[rank] if seq is None else seq
-        ack = self.writer.ingest(rank, life, seq, encode_batch([encode(event) for event in events]))
+        batch = encode_batch([encode(event) for event in events])
+        ack = self.writer.ingest(rank, life, seq, len(events), batch)
         self.seq[rank] = ack.next_seq
-        assert self.writer._opened.settled(10)
+        assert self.writer._journal.settled(10)
+        assert self.writer._views.settled(10)
         return ack
 
     def log(self, rank: int, step: int, life: str = "a", **values: Any) -> Any:
@@ -60,7 +75,7 @@ class Run:
 
     def goodbye(self, rank: int, state: State = "success", error: str | None = None, time_ns: int = 0) -> Farewell:
         farewell: Farewell = self.writer.goodbye(
-            Goodbye(rank=rank, life="a", state=state, error=error, time_ns=time_ns, logged=0, dropped=0)
+            Goodbye(rank=rank, life="a", state=state, error=error, time_ns=time_ns, counted=Counted(0, 0, {}))
         )
         return farewell
 
@@ -109,6 +124,19 @@ def test_a_silent_rank_is_lost(tmp_path: Path) -> None:
     assert "was lost: no sign of life for 1 s" in ended.error
 
 
+def test_what_a_killed_rank_took_with_it_is_in_the_ledger(tmp_path: Path) -> None:
+    """By its last sign of life; what it had not counted by then nobody can know."""
+    run = Run(tmp_path, 1)
+    run.hello(0)
+    run.log(0, 1, x=1.0)
+    run.writer.beat(Beat(0, "a", Counted(11, 0, {"some reason": 2})))
+    assert run.ended().state == "crashed"
+    (account,) = archive.load(tmp_path)[0].accounts
+    assert (account.logged, account.written, account.spooled) == (11, 1, 0)
+    assert account.dropped == {"some reason": 2, KILLED: 8}
+    assert account.state == "lost"
+
+
 def test_a_rank_that_said_how_it_ended_is_not_lost(tmp_path: Path) -> None:
     """Ray Train ends workers without their exit handlers."""
     run = Run(tmp_path, 1)
@@ -138,12 +166,12 @@ def test_batches_are_taken_once_and_in_order(tmp_path: Path) -> None:
     assert run.ended().scalars["x"] == {0: 1.0}
 
 
-def test_batches_that_died_with_an_earlier_writer_are_counted_and_said(tmp_path: Path) -> None:
+def test_batches_that_an_earlier_writer_has_on_another_machine_are_named(tmp_path: Path) -> None:
     run = Run(tmp_path, 1)
     welcome = run.hello(0, next_seq=7)
-    assert welcome.next_seq == 7
+    assert welcome.next_seq == welcome.durable == 7
     (notice,) = welcome.notices
-    assert notice.startswith("7 batches of rank 0 went to a writer that is gone")
+    assert notice.startswith("Batches 0 to 6 of rank 0 are in the journal of an earlier writer that is not here")
     assert run.writer.status().notices == [notice]
     run.goodbye(0)
     run.ended()
@@ -224,7 +252,7 @@ def test_nan_is_kept_from_the_local_dashboard_only(tmp_path: Path, mode: str, ke
     assert run.writer.status().withheld == 3 - kept
 
 
-def test_cloud_without_a_key_is_kept_offline_and_says_how_to_upload(
+def test_cloud_without_a_key_goes_on_in_the_journal_and_says_how_to_upload(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SWANLAB_SAVE_DIR", str(tmp_path / "nobody"))
@@ -233,23 +261,32 @@ def test_cloud_without_a_key_is_kept_offline_and_says_how_to_upload(
     run.hello(0)
     run.log(0, 1, x=1.0)
     run.goodbye(0)
-    assert run.ended().scalars["x"] == {1: 1.0}
+    wait_until(lambda: run.writer.status().closed)
     status = run.writer.status()
-    assert status.mode == "offline"
-    (notice,) = status.notices
-    assert "no API key was provided" in notice
-    assert f"swanlab sync {status.run_dir} --id" in notice
+    told, gave_up = status.notices
+    assert "The SwanLab cloud cannot be used (no API key was provided" in told
+    assert f"swanlab-ray sync {status.journal}" in told
+    assert "does not have the whole run" in gave_up
+    assert status.thinned == 1
+    assert status.received == 1
 
 
-def test_a_log_dir_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+def test_a_log_dir_that_cannot_be_written_is_said_and_nothing_is_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "JOURNAL_DEADLINE_S", 0.5)
     (tmp_path / "file").write_text("")
-    run = Run(tmp_path / "file" / "logs", 1)
-    run.hello(0)
-    wait_until(lambda: bool(run.writer.status().notices))
-    assert "cannot be made on the writer's machine (Not a directory)" in run.writer.status().notices[0]
-    run.log(0, 1, x=1.0)
+    run = Run(tmp_path / "file" / "logs", 1, rank_timeout=60.0)
+    welcome = run.hello(0)
+    assert any("cannot be written" in notice and "Not a directory" in notice for notice in welcome.notices)
+    event = encode((SCALARS, 0, time.time_ns(), USER, {"x": 1.0}))
+    ack = run.writer.ingest(0, "a", 0, 1, encode_batch([event]))
+    assert (ack.next_seq, ack.durable) == (1, 0)
+    (tmp_path / "file").unlink()  # somebody mends it
+    wait_until(lambda: run.writer.beat(Beat(0, "a", Counted(1, 0, {}))).durable == 1)
     run.goodbye(0)
-    wait_until(lambda: run.writer.status().thinned == 1)
+    wait_until(lambda: run.writer.status().closed)
+    assert "The journal is written again." in run.writer.status().notices
 
 
 def test_status_line_and_repr(tmp_path: Path) -> None:

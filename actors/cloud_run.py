@@ -1,0 +1,196 @@
+"""Rows on their way into SwanLab's cloud: one thread sends request after request, each until it is confirmed, and tells
+the journal how far it is. What the cloud may have already is asked for before anything is sent a second time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from swanlab_ray.actors.cloud import CHUNK_SCALARS, CloudError, CloudExperiment, NoKey, Refused, same
+from swanlab_ray.actors.protocol import State
+from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.sink import GaveUp, Row, Sink, stderr
+from swanlab_ray.actors.tables import Table
+
+RETRY_S = (1.0, 30.0)
+"""First and longest pause between two attempts."""
+AWAY_PATIENCE_S = 10.0
+"""How long the end of a run waits for a cloud that has been away for :data:`AWAY_S`."""
+AWAY_S = 30.0
+REFUSALS = 3
+"""After so many answers of :data:`REFUSING` a request is taken apart."""
+REFUSING = (400, 413, 422)
+
+
+class CloudRun(Sink):
+    """Writes rows to an experiment, for as long as it takes.
+
+    Args:
+        settings: whose cloud, project and experiment.
+        run_id: also the experiment's id.
+        delivered: how many of the run's rows the cloud has confirmed already; of those that follow it may have some,
+            since the writer was killed before it could note that down.
+        place: where the journal lies, for the sentence that says how to upload it.
+        on_delivered: called with the number of rows that the cloud has confirmed.
+        notice, on_open: see :class:`Sink`.
+    """
+
+    def __init__(
+        self,
+        settings: ObserverSettings,
+        run_id: str,
+        delivered: int,
+        place: str,
+        on_delivered: Callable[[int], None],
+        notice: Callable[[str], None],
+        on_open: Callable[[Sink], None],
+    ) -> None:
+        self._experiment = CloudExperiment(settings, run_id)
+        self._place = place
+        self._on_delivered = on_delivered
+        self._skip = self.delivered = delivered
+        self._chunk = CHUNK_SCALARS
+        self._running: dict[str, int] = {}  # highest step of each series that came here
+        self._last_table = -1  # highest step of a table that came here
+        self._away_since: float | None = None
+        self._told = self._no_key = False
+        super().__init__("cloud", notice, on_open)
+
+    def write(self, step: int, time_ns: int, values: dict[str, float], table: Table | None = None) -> None:
+        """Queue a row, unless it was delivered before. Waits where the queue is full."""
+        if self._skip:
+            self._skip -= 1
+            self.written += len(values)
+            if table is not None:
+                self._last_table = max(step, self._last_table)
+            for key in values:
+                self._running[key] = max(step, self._running.get(key, -1))
+            return
+        super().write(step, time_ns, values, table)
+
+    def _open(self) -> None:
+        self._until_it_works(self._experiment.open)
+        self.url = self._experiment.url
+        self._on_open(self)
+
+    def _update_config(self, values: dict[str, Any]) -> None:
+        try:
+            self._until_it_works(lambda: self._experiment.update_config(values))
+        except Refused as error:
+            self.notice(f"The SwanLab cloud does not take this run's configuration ({error}); the journal has it.")
+
+    def _write_some(self) -> None:
+        rows: list[Row] = []
+        scalars = 0
+        for row in self._rows:
+            if rows and (scalars + len(row.values) > self._chunk or row.table is not None):
+                break
+            rows.append(row)
+            scalars += len(row.values)
+            if row.table is not None:
+                break
+        missing = self._until_it_works(lambda: [row for row in map(self._missing, rows) if row.values or row.table])
+        if missing:
+            try:
+                self._until_it_works(lambda: self._experiment.upload(missing))
+            except Refused as error:
+                if len(rows) > 1:  # which of them is it?
+                    self._chunk = max(1, scalars // 2)
+                    return
+                self.withheld += scalars
+                self.completions_lost += sum(len(row.table.rows) for row in rows if row.table is not None)
+                self.written -= scalars
+                self.complete = False
+                self.notice(f"The SwanLab cloud does not take some values ({error}); the journal has them.")
+        self._chunk = CHUNK_SCALARS
+        self.written += scalars
+        self.delivered += len(rows)
+        self._forget(len(rows))
+        self._on_delivered(self.delivered)
+
+    def _missing(self, row: Row) -> Row:
+        """What of a row the cloud does not have.
+
+        Rows arrive there in order. So of a series whose steps rise, exactly those up to the highest one are there; for
+        any other step below that the points themselves are asked for.
+        """
+        needed = {}
+        for key, value in row.values.items():
+            highest = self._experiment.highest(key)
+            rises = row.step > self._running.get(key, -1)
+            if rises:
+                self._running[key] = row.step
+            if row.step <= highest and (rises or same(self._points_of(key).get(row.step), value)):
+                continue
+            needed[key] = value
+        table = row.table
+        if table is not None:
+            rises = row.step > self._last_table
+            self._last_table = max(row.step, self._last_table)
+            if rises and row.step <= self._experiment.highest_table:
+                table = None
+        return Row(row.step, row.time_ns, needed, table)
+
+    def _points_of(self, key: str) -> dict[int, float]:
+        try:
+            return self._experiment.points([key])[key]
+        except CloudError:  # then it is sent, for the second time perhaps, but with the same value
+            return {}
+
+    def _close(self, state: State, error: str | None) -> None:
+        if self._rows:
+            raise self._gave_up("it did not take everything in time")
+        self._until_it_works(lambda: self._experiment.finish(state, error))
+
+    def _patience(self) -> float:
+        if self._no_key:
+            return 0.0
+        away = self._away_since is not None and time.monotonic() - self._away_since > AWAY_S
+        return AWAY_PATIENCE_S if away else super()._patience()
+
+    def _until_it_works(self, attempt: Callable[[], Any]) -> Any:
+        """Try until it works or the end's deadline passes; the user is told once per outage."""
+        pause, refusals = RETRY_S[0], 0
+        while True:
+            try:
+                result = attempt()
+            except Refused:
+                raise
+            except CloudError as error:
+                refusals += error.status in REFUSING
+                if refusals >= REFUSALS:
+                    raise Refused(str(error)) from error
+                self._no_key = isinstance(error, NoKey)
+                self._away(str(error))
+                if self._left() <= 0:
+                    raise self._gave_up(str(error)) from error
+                self._wake.wait(min(pause, max(0.1, self._left())))
+                if self._end is not None:
+                    time.sleep(min(0.5, max(0.0, self._left())))  # _wake stays set
+                pause = min(pause * 2, RETRY_S[1])
+                continue
+            if self._away_since is not None:
+                self._away_since = None
+                stderr("the SwanLab cloud is back; catching up")
+            return result
+
+    def _away(self, reason: str) -> None:
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+            stderr(f"the SwanLab cloud is away: {reason}")
+        if not self._told:
+            self._told = True
+            self.notice(
+                f"The SwanLab cloud cannot be used ({reason}); the run goes on in the journal, and arrives there once "
+                f"it can, or with: swanlab-ray sync {self._place}"
+            )
+
+    def _gave_up(self, reason: str) -> GaveUp:
+        self._experiment.close()
+        self.notice(
+            f"The SwanLab cloud does not have the whole run ({reason}); the journal does, upload it with: "
+            f"swanlab-ray sync {self._place}"
+        )
+        return GaveUp(reason)

@@ -1,0 +1,432 @@
+"""Reading a run back from its journal: entries in order, each batch once, and what is missing.
+
+Nothing here needs a cluster, a writer or SwanLab.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import os
+from bisect import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swanlab_ray.actors import framing
+from swanlab_ray.actors.journal import Position, being_written, journal_files
+from swanlab_ray.actors.protocol import Outcome, State, decode_batch
+from swanlab_ray.actors.records import (
+    Alert,
+    Arrived,
+    Batch,
+    Closed,
+    Counts,
+    Delivered,
+    Ended,
+    Entry,
+    Finished,
+    Header,
+    Notified,
+    Opened,
+    Returned,
+    UnknownFormat,
+    unpack,
+)
+
+TERMINATED = "SIGTERM"
+"""How the error of a rank begins that was told to end."""
+KILLED = "killed before it was sent"
+"""Reason of a drop: the rank had counted these events, but died with them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A place in a file that could not be read."""
+
+    path: Path
+    damage: framing.Damage
+
+
+def entries(path: Path, start: int = 0, end: int | None = None) -> Iterator[tuple[int, Entry] | Damaged]:
+    """The entries of one file with the offset after each, and its damage.
+
+    Raises:
+        UnknownFormat: the file is no journal, or of a newer version.
+        OSError: it cannot be read.
+    """
+    for found in framing.read(path, start, end):
+        if isinstance(found, framing.Damage):
+            yield Damaged(path, found)
+            continue
+        entry = unpack(found.payload)
+        if start == 0 and found.offset == 0 and not isinstance(entry, Header):
+            raise UnknownFormat(f"{path} is not a journal of swanlab-ray")
+        if entry is not None:
+            yield found.end, entry
+
+
+class Numbers:
+    """Which numbers have been seen: as ranges, since nearly all come in order."""
+
+    def __init__(self) -> None:
+        self._ranges: list[list[int]] = []  # [first, last], rising, never touching
+
+    def add(self, number: int) -> bool:
+        """Whether it is new."""
+        ranges = self._ranges
+        if ranges and ranges[-1][1] + 1 == number:
+            ranges[-1][1] = number
+            return True
+        at = bisect(ranges, [number, 1 << 63])
+        if at and number <= ranges[at - 1][1]:
+            return False
+        ranges.insert(at, [number, number])
+        if at + 1 < len(ranges) and ranges[at + 1][0] == number + 1:
+            ranges[at][1] = ranges.pop(at + 1)[1]
+        if at and ranges[at - 1][1] + 1 == number:
+            ranges[at - 1][1] = ranges.pop(at)[1]
+        return True
+
+    @property
+    def next(self) -> int:
+        """One more than the highest."""
+        return self._ranges[-1][1] + 1 if self._ranges else 0
+
+    def missing(self) -> list[tuple[int, int]]:
+        """The ranges that are not there below the highest, both ends included."""
+        ends = [-1, *(last for _, last in self._ranges)]
+        gaps = zip(ends, (first for first, _ in self._ranges), strict=False)
+        return [(end + 1, first - 1) for end, first in gaps if first > end + 1]
+
+
+class Sequence:
+    """Which batches of each life have been seen, so that each is taken once."""
+
+    def __init__(self) -> None:
+        self.lives: dict[tuple[int, str], Numbers] = {}
+
+    def take(self, batch: Batch) -> bool:
+        """Whether this batch is new. Batches of a life come in order, but for gaps that a spool may fill."""
+        numbers = self.lives.get((batch.rank, batch.life))
+        if numbers is None:
+            numbers = self.lives[batch.rank, batch.life] = Numbers()
+        return numbers.add(batch.seq)
+
+
+class Follower:
+    """Reads a journal from a place on, as far as it was committed, again and again.
+
+    Args:
+        directory: the run's directory.
+        position: where to begin.
+    """
+
+    def __init__(self, directory: Path, position: Position) -> None:
+        self.directory = directory
+        self.position = position
+
+    def read(self, until: Position) -> Iterator[Entry | Damaged]:
+        """The entries from here to there. :attr:`position` moves along."""
+        for epoch, path in journal_files(self.directory).items():
+            if not self.position.epoch <= epoch <= until.epoch:
+                continue
+            start = self.position.offset if epoch == self.position.epoch else 0
+            end = until.offset if epoch == until.epoch else None
+            self.position = Position(epoch, start)
+            for found in entries(path, start, end):
+                if isinstance(found, Damaged):
+                    yield found
+                else:
+                    self.position = Position(epoch, found[0])
+                    yield found[1]
+        self.position = max(self.position, until)
+
+
+@dataclass(slots=True)
+class Life:
+    """What a journal says about one life of a rank."""
+
+    arrived: Arrived | None = None
+    ended: Ended | None = None
+    next_seq: int = 0
+    events: int = 0
+    """In the batches that are there."""
+    batches: int = 0
+    missing: list[tuple[int, int]] = field(default_factory=list)
+    """Sequence numbers that damage took, as ranges with both ends."""
+    last_batch: Batch | None = None
+
+    def outcome(self) -> Outcome | None:
+        """How this life said it had ended, if that was the last thing it said."""
+        if self.last_batch is None:
+            return None
+        try:
+            events, _ = decode_batch(self.last_batch.data)
+        except Exception:  # its checksum is right, so a rank of another version has written it
+            return None
+        last = events[-1] if events else None
+        return last if isinstance(last, Outcome) and last.state is not None else None
+
+
+@dataclass(slots=True)
+class Summary:
+    """A run as its files tell it, without looking into the batches."""
+
+    headers: list[Header] = field(default_factory=list)
+    lives: dict[tuple[int, str], Life] = field(default_factory=dict)
+    opened: list[Opened] = field(default_factory=list)
+    alerts: list[Alert] = field(default_factory=list)
+    sessions: int = 0
+    """Jobs that this run has had: one that had ended may be gone on with."""
+    session_ns: int = 0
+    """When the last of them began."""
+    before_ns: int = 0
+    """When the one before it had ended."""
+    notified: set[str] = field(default_factory=set)
+    """Keys of the notifications that it has sent."""
+    finished: Finished | None = None
+    closed: Closed | None = None
+    rows: int = 0
+    """Rows that SwanLab's cloud has confirmed."""
+    damaged: list[Damaged] = field(default_factory=list)
+    files: int = 0
+    size: int = 0
+    """Bytes of all files."""
+    first_ns: int = 0
+    last_ns: int = 0
+
+    @property
+    def world_size(self) -> int:
+        """As the last rank said that arrived."""
+        sizes = [(life.arrived.time_ns, life.arrived.world_size) for life in self.lives.values() if life.arrived]
+        return max(sizes)[1] if sizes else 0
+
+    @property
+    def events(self) -> int:
+        """Events in the journal."""
+        return sum(life.events for life in self.lives.values())
+
+    def ranks(self) -> dict[int, list[Life]]:
+        """The lives of each rank in the order of their beginning."""
+        ranks: dict[int, list[Life]] = {}
+        for (rank, _), life in sorted(
+            self.lives.items(), key=lambda item: (item[0][0], item[1].arrived.time_ns if item[1].arrived else 0)
+        ):
+            ranks.setdefault(rank, []).append(life)
+        return ranks
+
+
+def ledger(lives: list[Life]) -> tuple[int, Counts]:
+    """The account of one rank over these lives: events in the journal, and what the rank counted itself.
+
+    ``logged == written + spooled + sum(dropped)`` for lives that have ended.
+    """
+    written = logged = spooled = 0
+    dropped: dict[str, int] = {}
+    for life in lives:
+        counted = life.ended.counts if life.ended else Counts()
+        written += life.events
+        spooled += counted.spooled
+        logged += max(counted.logged, life.events)
+        for reason, number in counted.dropped.items():
+            dropped[reason] = dropped.get(reason, 0) + number
+    return written, Counts(logged=logged, spooled=spooled, dropped=dropped)
+
+
+def summarise(paths: list[Path]) -> Summary:
+    """Read files of one run from end to end: every checksum, every sequence number.
+
+    Args:
+        paths: journal files in the order of their epochs, then spools.
+
+    Raises:
+        UnknownFormat: one of them is no journal, or of a newer version.
+        OSError: one of them cannot be read.
+    """
+    summary = Summary()
+    sequence = Sequence()
+    for path in paths:
+        summary.files += 1
+        summary.size += path.stat().st_size
+        for found in entries(path):
+            if isinstance(found, Damaged):
+                summary.damaged.append(found)
+            else:
+                _count(summary, sequence, found[1])
+    for key, numbers in sequence.lives.items():
+        summary.lives[key].next_seq = numbers.next
+        summary.lives[key].missing = numbers.missing()
+    return summary
+
+
+def _count(summary: Summary, sequence: Sequence, entry: Entry) -> None:
+    if isinstance(entry, Batch):
+        life = summary.lives.setdefault((entry.rank, entry.life), Life())
+        if sequence.take(entry):
+            life.events += entry.events
+            life.batches += 1
+            if life.last_batch is None or entry.seq >= life.last_batch.seq:
+                life.last_batch = entry
+        moment = entry.received_ns
+    else:
+        moment = entry.time_ns
+        match entry:
+            case Header():
+                summary.headers.append(entry)
+            case Arrived():
+                life = summary.lives.setdefault((entry.rank, entry.life), Life())
+                life.arrived = life.arrived or entry
+                if summary.finished is not None or not summary.sessions:
+                    summary.sessions += 1
+                    summary.session_ns = entry.time_ns
+                    summary.before_ns = summary.finished.time_ns if summary.finished is not None else 0
+                    summary.notified.clear()
+                summary.finished = summary.closed = None  # a job that goes on has not ended
+            case Ended():
+                summary.lives.setdefault((entry.rank, entry.life), Life()).ended = entry
+            case Returned():
+                summary.lives.setdefault((entry.rank, entry.life), Life()).ended = None
+            case Opened():
+                summary.opened.append(entry)
+            case Alert():
+                if entry not in summary.alerts:
+                    summary.alerts.append(entry)
+            case Notified():
+                summary.notified.add(entry.key)
+            case Delivered():
+                summary.rows = max(summary.rows, entry.rows)
+            case Finished():
+                summary.finished = entry
+            case Closed():
+                summary.closed = entry
+    summary.first_ns = min(summary.first_ns or moment, moment)
+    summary.last_ns = max(summary.last_ns, moment)
+
+
+def ending(summary: Summary) -> tuple[State, str | None] | None:
+    """How the run ended: as its writer said, or, where no writer was left to say it, as all of its ranks did."""
+    if summary.finished is not None:
+        return summary.finished.state, summary.finished.error
+    ends = [lives[-1].ended for lives in summary.ranks().values()]
+    known = [end for end in ends if end is not None]
+    if not ends or len(known) < max(len(ends), summary.world_size):
+        return None
+    bad = sorted(
+        (end for end in known if end.state != "success"),
+        key=lambda end: ((end.error or "").startswith(TERMINATED), end.ended_ns),
+    )
+    if not bad:
+        return "success", None
+    first = bad[0]
+    state: State = "aborted" if first.state == "aborted" else "crashed"
+    return state, f"rank {first.rank}: {first.error or first.state}"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """The files of one run that were found under some paths."""
+
+    run_id: str
+    journals: list[Path]
+    spools: list[Path]
+    header: Header
+
+    @property
+    def paths(self) -> list[Path]:
+        """Journals in order, then spools."""
+        return self.journals + self.spools
+
+    @property
+    def in_progress(self) -> bool:
+        """Whether a writer of this machine is at work on it."""
+        return bool(self.journals) and being_written(self.journals[-1])
+
+
+def find_runs(paths: list[Path]) -> list[RunFiles]:
+    """The runs whose files lie at or under these paths: files, run directories, log directories.
+
+    Files of one run that were collected from several machines are put together by their run id.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+    """
+    files: dict[str, dict[Path, Header]] = {}
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        if not os.access(path, os.R_OK if path.is_file() else os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        candidates = [path] if path.is_file() else [*path.rglob("journal-*.log"), *path.rglob("spool-*.log")]
+        for candidate in candidates:
+            header = read_header(candidate) or _header_by_name(candidate)
+            if header is not None:
+                files.setdefault(header.run_id, {})[candidate.resolve()] = header
+    runs = []
+    for run_id, found in files.items():
+        # Epochs count up within a directory; directories of machines that share none are told apart by time.
+        begun: dict[Path, int] = {}
+        for path, header in found.items():
+            begun[path.parent] = min(begun.get(path.parent, header.time_ns), header.time_ns)
+        order = sorted(found, key=lambda path: (begun[path.parent], str(path.parent), found[path].epoch, path.name))
+        journals = [path for path in order if found[path].kind == "journal"]
+        spools = [path for path in order if found[path].kind == "spool"]
+        told = [found[path] for path in (journals or spools) if found[path].settings]
+        runs.append(RunFiles(run_id, journals, spools, told[-1] if told else found[order[-1]]))
+    return sorted(runs, key=lambda run: run.header.time_ns)
+
+
+def read_header(path: Path) -> Header | None:
+    """The header of a file; None if it has none that can be read.
+
+    Raises:
+        UnknownFormat: it is of a newer version.
+    """
+    try:
+        for found in framing.read(path):
+            if isinstance(found, framing.Damage):
+                return None
+            entry = unpack(found.payload)
+            return entry if isinstance(entry, Header) else None
+    except OSError:
+        pass
+    return None
+
+
+def _header_by_name(path: Path) -> Header | None:
+    """What a file's name and place say, where its header is damaged: it must not be overlooked for that."""
+    kind, _, number = path.stem.partition("-")
+    number = number.partition("-")[0]
+    if kind not in ("journal", "spool") or not number.isdigit() or path.suffix != ".log" or not path.is_file():
+        return None
+    return Header(
+        kind="journal" if kind == "journal" else "spool",
+        run_id=path.resolve().parent.name,
+        epoch=int(number),
+        host="",
+        pid=0,
+        settings={},
+        time_ns=path.stat().st_mtime_ns,
+    )
+
+
+def merged(run: RunFiles) -> Iterator[Entry | Damaged]:
+    """Everything that is known of a run: the journal, with the spools' batches at the time they were put aside."""
+
+    def timed(paths: list[Path], order: int) -> Iterator[tuple[int, int, int, Any]]:
+        number = latest = 0
+        for path in paths:
+            for found in entries(path):
+                number += 1
+                entry = found if isinstance(found, Damaged) else found[1]
+                if isinstance(entry, Damaged):
+                    moment = latest
+                else:
+                    moment = entry.received_ns if isinstance(entry, Batch) else entry.time_ns
+                latest = max(latest, moment)  # a stream keeps its order whatever its clock did
+                yield latest, order, number, entry
+
+    streams = [timed(run.journals, 0)] + [timed([path], 1 + n) for n, path in enumerate(run.spools)]
+    for _, _, _, entry in heapq.merge(*streams):
+        yield entry

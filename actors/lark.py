@@ -1,0 +1,87 @@
+"""The webhook of a Lark (Feishu) custom bot: sends one card, and says what the bot made of it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import logging
+import re
+import time
+from typing import Any
+
+import httpx
+
+from swanlab_ray.actors.mailbox import Refused, Unavailable
+
+TIMEOUT_S = 10.0
+KEYWORD = "SwanLab"
+"""Every card has it, for bots that ask for a keyword."""
+_EXPLAINED = {
+    19001: "the token in the webhook's URL is wrong: copy the URL from the bot's settings again",
+    19021: "the signature is wrong: check swanlab_lark_secret, and the clock of the writer's machine",
+    19022: "this machine's address is not among those that the bot allows",
+    19024: f"the bot asks for a keyword that the message lacks: add '{KEYWORD}' to its keywords",
+}
+_TOO_MANY = re.compile("too many|frequency", re.I)
+
+# It would log each request with its URL, and whoever has that can write to the group.
+logging.getLogger("httpx").setLevel(logging.WARNING)
+logging.getLogger("httpcore").setLevel(logging.WARNING)
+
+
+class LarkBot:
+    """A custom bot in a group.
+
+    Args:
+        url: its webhook.
+        secret: what messages are signed with, if its settings ask for that.
+    """
+
+    def __init__(self, url: str, secret: str | None) -> None:
+        self._url = url
+        self._secret = secret
+
+    def send(self, card: dict[str, Any]) -> None:
+        """Send a card, and wait for the answer.
+
+        Raises:
+            Refused: it will not be taken.
+            Unavailable: it may be taken later.
+        """
+        message: dict[str, Any] = {"msg_type": "interactive", "card": card}
+        if self._secret is not None:
+            timestamp = str(int(time.time()))
+            message |= {"timestamp": timestamp, "sign": sign(timestamp, self._secret)}
+        try:  # the texts of what is raised may hold the URL, or a proxy's password
+            response = httpx.post(self._url, json=message, timeout=TIMEOUT_S)
+        except httpx.HTTPError as error:
+            raise Unavailable(type(error).__name__) from None
+        except Exception as error:
+            raise Refused(f"{type(error).__name__}: check the proxy and certificate variables") from None
+        if response.status_code == 429 or response.status_code >= 500:
+            wait = response.headers.get("Retry-After", "")
+            raise Unavailable(f"HTTP {response.status_code}", min(float(wait), 600.0) if wait.isdigit() else 0.0)
+        _check(response)
+
+
+def sign(timestamp: str, secret: str) -> str:
+    """The signature of a message: HMAC-SHA256 of nothing, under a key of both. ``timestamp``: Unix seconds."""
+    return base64.b64encode(hmac.digest(f"{timestamp}\n{secret}".encode(), b"", hashlib.sha256)).decode()
+
+
+def _check(response: httpx.Response) -> None:
+    """Errors come as HTTP 200 with a code; other answers are not from a bot."""
+    try:
+        answer = response.json()
+        code = answer.get("code", answer.get("StatusCode"))
+    except (ValueError, AttributeError):
+        code = None
+    if code == 0 and response.is_success:
+        return
+    if not isinstance(code, int):
+        raise Refused(f"the answer (HTTP {response.status_code}) is not that of a Lark bot: check the webhook's URL")
+    text = str(answer.get("msg", answer.get("StatusMessage", "")))[:200]
+    if _TOO_MANY.search(text):
+        raise Unavailable(f"code {code}, {text}")
+    raise Refused(_EXPLAINED.get(code, f"code {code}, {text}"))

@@ -1,0 +1,248 @@
+"""Carries what is committed through the reduction into SwanLab, on a thread of its own.
+
+It may fall behind: SwanLab is slow, its cloud is away, or this writer has just taken over a run. Beyond a bound nothing
+waits in memory then; it reads on in the journal from where it stands.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from swanlab_ray.actors.completions import CompletionBuffer
+from swanlab_ray.actors.history import Damaged, Follower, find_runs, merged
+from swanlab_ray.actors.journal import Position
+from swanlab_ray.actors.protocol import Event
+from swanlab_ray.actors.records import Batch, Entry, Finished, UnknownFormat
+from swanlab_ray.actors.reduction import Reduction
+from swanlab_ray.actors.rules import Fired, Rules
+from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.sink import Sink, stderr
+from swanlab_ray.actors.supersession import supersession
+from swanlab_ray.actors.swanlab_run import SwanLabRun
+from swanlab_ray.actors.tables import Table
+from swanlab_ray.actors.timings import Timings
+
+BACKLOG_EVENTS = 200_000
+"""Decoded events that may wait in memory."""
+FIRED = 1000
+"""Alerts that may wait to be told; the oldest go first."""
+REWRITE_SCALARS = {"offline": 1_000_000, "local": 20_000}
+"""A larger run on disk is not written a second time at its end: SwanLab would not be done in time."""
+
+
+class _Item(NamedTuple):
+    entry: Entry
+    events: list[Event] | None
+    position: Position
+    queued: float
+
+    @property
+    def weight(self) -> int:
+        """In events: those of completions are larger than others."""
+        return max(len(self.events or ()), len(self.entry.data) // 100 if isinstance(self.entry, Batch) else 0)
+
+
+class Reducer:
+    """Follows a run's journal into a sink.
+
+    Args:
+        follower: reads the journal from where this begins.
+        committed: how far the journal goes now; all of that is read first.
+        make_sink: opens SwanLab's run; called again where that has to be written anew.
+        settings: of the run.
+        notice: takes a sentence for the user.
+        finished: the end of the run, where the journal has it already and SwanLab has not.
+        since_ns: when the run's job before this one had ended; what lies before raises no alert any more.
+    """
+
+    def __init__(
+        self,
+        follower: Follower,
+        committed: Position,
+        make_sink: Callable[[], Sink],
+        settings: ObserverSettings,
+        notice: Callable[[str], None],
+        finished: Finished | None = None,
+        since_ns: int = 0,
+    ) -> None:
+        self._follower = follower
+        self._committed = committed
+        self._behind = follower.position < committed
+        self._behind_since = time.monotonic()
+        self._make_sink = make_sink
+        self._settings = settings
+        self._notice = notice
+        self.sink = make_sink()
+        self._reduction = Reduction(self, settings, notice=notice)
+        self._rules = Rules(settings.alerts, since_ns)
+        self._fired: deque[Fired] = deque(maxlen=FIRED)
+        self._queue: deque[_Item] = deque()
+        self._events = 0
+        self._changed = threading.Condition()
+        self._ended = False
+        self._excused = False
+        self._finished = finished
+        """The end that the writer is waiting for; others that the journal tells of are those of earlier sessions."""
+        if finished is not None:
+            self.sink.hurry()
+        self._thread = threading.Thread(target=self._work, name="reducer", daemon=True)
+        self._thread.start()
+
+    @property
+    def late(self) -> int:
+        """Values that came after their step was written."""
+        return self._reduction.late
+
+    @property
+    def completions(self) -> CompletionBuffer:
+        """The rows of completions."""
+        return self._reduction.completions
+
+    @property
+    def timings(self) -> Timings:
+        """Where the time goes."""
+        return self._reduction.timings
+
+    @property
+    def waiting(self) -> bool:
+        """Whether values wait for ranks that are silent about them."""
+        return self._reduction.waiting
+
+    def lag(self) -> float:
+        """Seconds by which SwanLab is behind what was acknowledged."""
+        with self._changed:
+            since = self._behind_since if self._behind else self._queue[0].queued if self._queue else None
+        return max(self.sink.lag(), time.monotonic() - since if since is not None else 0.0)
+
+    def put(self, entry: Entry, events: list[Event] | None, position: Position) -> None:
+        """Take the next entry of the journal, committed up to ``position``. Never blocks."""
+        with self._changed:
+            self._committed = position
+            if not self._behind and self._events > BACKLOG_EVENTS:
+                self._behind, self._behind_since = True, time.monotonic()
+            if not self._behind:
+                item = _Item(entry, events, position, time.monotonic())
+                self._queue.append(item)
+                self._events += item.weight
+            self._changed.notify()
+
+    def finish(self, finished: Finished) -> None:
+        """The run ends with this entry, which will be in the journal."""
+        self._finished = finished
+        self.sink.hurry()
+
+    @property
+    def closed(self) -> bool:
+        """Whether SwanLab's run is closed, or given up."""
+        return self._ended and self.sink.closed.is_set()
+
+    def abandon(self, close: bool) -> None:
+        """Take nothing more. ``close``: SwanLab's run ends here; otherwise another writer goes on with it."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        self.sink.complete = False
+        if close and self._finished is not None:
+            self.sink.finish(self._finished.state, self._finished.error)
+        else:
+            self.sink.stop()
+
+    def _work(self) -> None:
+        while not self._ended:
+            with self._changed:
+                while not (self._queue or self._behind or self._ended):
+                    self._changed.wait()
+                item = self._queue.popleft() if self._queue else None
+                if item is not None:
+                    self._events -= item.weight
+            try:
+                if item is not None:
+                    self._take(item.entry, item.events)
+                    self._follower.position = item.position
+                elif self._behind:
+                    self._catch_up()
+            except Exception:
+                self._excuse()
+
+    def _catch_up(self) -> None:
+        with self._changed:
+            until = self._committed
+        patient, self.sink.waits = self.sink.waits, True  # history is not thinned
+        try:
+            for found in self._follower.read(until):
+                if isinstance(found, Damaged):
+                    if found.damage.torn:
+                        continue
+                    self.sink.complete = False
+                    self._notice(
+                        f"The journal is damaged ({found.path.name}: {found.damage.reason}): swanlab-ray verify."
+                    )
+                    continue
+                try:
+                    self._take(found, None)
+                except Exception:
+                    self._excuse()
+                if self._ended:
+                    return
+        except (OSError, UnknownFormat) as error:
+            self.sink.complete = False
+            self._notice(f"The journal cannot be read ({error}); SwanLab misses a part of this run.")
+            self._follower.position = until
+        finally:
+            self.sink.waits = patient
+        with self._changed:
+            if self._committed == until and not self._queue:
+                self._behind = False
+
+    def _take(self, entry: Entry, events: list[Event] | None) -> None:
+        self._reduction.take(entry, events)
+        finished = self._finished
+        if isinstance(entry, Finished) and finished is not None and entry.time_ns == finished.time_ns:
+            if self._reduction.rewound and isinstance(self.sink, SwanLabRun):
+                self._write_again(self.sink)
+            self._ended = True
+            self.sink.finish(entry.state, entry.error)
+
+    def _write_again(self, sink: SwanLabRun) -> None:
+        """Steps were run again by a resumed training, and a SwanLab run on disk keeps the first value of a step."""
+        if sink.written > REWRITE_SCALARS[sink.mode]:
+            self._notice(
+                "Steps were run again after a restart; this SwanLab run shows their first values. "
+                f"The later ones are in the journal: swanlab-ray sync {self._follower.directory}"
+            )
+            return
+        sink.restart()
+        self.sink = again = self._make_sink()
+        again.waits = True
+        again.hurry()
+        (run,) = find_runs([self._follower.directory])
+        reduction = Reduction(again, self._settings, supersession(run))
+        for found in merged(run):
+            if not isinstance(found, Damaged):
+                reduction.take(found)
+        reduction.flush()
+
+    def write(self, step: int, time_ns: int, values: dict[str, float], table: Table | None = None) -> None:
+        """Pass on a row of the reduction."""
+        self.sink.write(step, time_ns, values, table)
+        self._fired += self._rules.look(step, time_ns, values)
+
+    def fired(self) -> list[Fired]:
+        """Rules that have come true since this was asked last."""
+        return [self._fired.popleft() for _ in range(len(self._fired))]
+
+    def config(self, values: dict[str, Any]) -> None:
+        """Pass on an update of the configuration."""
+        self.sink.config(values)
+
+    def _excuse(self) -> None:
+        """Say that something could not be worked off; one bad value must not end the run."""
+        stderr(traceback.format_exc())
+        if not self._excused:
+            self._excused = True
+            self._notice("Some values could not be written; see the writer's log.")

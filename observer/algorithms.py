@@ -1,0 +1,47 @@
+"""Which preference or RL algorithm a trainer runs, whatever library has subclassed or moved it."""
+
+from __future__ import annotations
+
+import re
+
+SUPPORTED = ("dpo", "kto", "orpo", "cpo", "grpo", "rloo", "online_dpo")
+"""Algorithms whose rows can be captured; SimPO is a loss of the CPO trainer."""
+
+_TRAINERS = {
+    "DPOTrainer": "dpo",
+    "KTOTrainer": "kto",
+    "ORPOTrainer": "orpo",
+    "CPOTrainer": "cpo",
+    "GRPOTrainer": "grpo",
+    "RLOOTrainer": "rloo",
+    "OnlineDPOTrainer": "online_dpo",
+}
+# Trainers of other algorithms, some of which extend one of those above or end like them.
+_OTHERS = (
+    *("A2PO", "AsyncGRPO", "BCO", "GKD", "GOLD", "MiniLLM", "NashMD", "PPO", "PPOv2"),
+    *("PRM", "Reward", "SDFT", "SDPO", "SFT", "SSD", "TPO", "XPO"),
+)
+# After a letter in lower case or a digit: AxolotlDPOTrainer, but not DPPOTrainer.
+_NAMED = re.compile(rf"(?:^|[a-z0-9_])({'|'.join([*_TRAINERS, *(f'{other}Trainer' for other in _OTHERS)])})$")
+# What only one kind of trainer computes, for classes with names of their own.
+_METHODS = {
+    "odds_ratio_loss": "orpo",
+    "cpo_loss": "cpo",
+    "kto_loss": "kto",
+    "dpo_loss": "dpo",
+    "_generate_and_score_completions": "grpo",
+}
+
+
+def detect(trainer: object) -> str | None:
+    """The algorithm of a trainer, one of :data:`SUPPORTED`; None for any other, such as supervised fine-tuning.
+
+    The class whose name says it decides, the most derived one first; the trainer's methods where no name does.
+    """
+    classes = [base.__name__ for base in type(trainer).__mro__]
+    for exact in (True, False):
+        for name in classes:
+            found = _NAMED.search(name)
+            if found and (found[1] == name or not exact):
+                return _TRAINERS.get(found[1])
+    return next((algorithm for method, algorithm in _METHODS.items() if hasattr(trainer, method)), None)

@@ -1,0 +1,370 @@
+"""Runs as their journals tell them, for ``swanlab-ray runs``, ``show`` and ``verify``: no cluster, no SwanLab."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from swanlab_ray.actors.history import (
+    KILLED,
+    Damaged,
+    RunFiles,
+    Sequence,
+    Summary,
+    ending,
+    entries,
+    find_runs,
+    merged,
+    summarise,
+)
+from swanlab_ray.actors.journal import journal_files
+from swanlab_ray.actors.protocol import JOB, Scalars, Stacks, decode_batch
+from swanlab_ray.actors.records import Batch, Counts
+
+SHOWN_VALUES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What became of the events of one rank:
+    ``logged = written + spooled + sum(dropped) + on_the_way + missing``.
+    """
+
+    rank: int
+    lives: int
+    state: str
+    error: str | None
+    host: str
+    logged: int
+    written: int
+    """In the journal."""
+    spooled: int
+    """On a rank's own disk: in a spool that was found beside the journal, or by what the rank said."""
+    dropped: dict[str, int]
+    """By reason."""
+    on_the_way: int
+    """Counted by a rank that has not ended, and not in the journal yet."""
+    missing: int
+    """Was in the files and is not any more: damage. At least so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Batches of a rank that damage took."""
+
+    rank: int
+    first: int
+    last: int
+    """Sequence numbers, both included."""
+    after_step: int | None
+    before_step: int | None
+    """The steps next to the gap that are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a log directory."""
+
+    files: RunFiles
+    summary: Summary
+    accounts: list[Account]
+
+    @property
+    def state(self) -> str:
+        """``running``, how it ended, or ``unfinished``: its writer was killed and nobody took over."""
+        if self.files.in_progress:
+            return "running"
+        end = ending(self.summary)
+        return end[0] if end else "unfinished"
+
+    @property
+    def damage(self) -> list[Damaged]:
+        """Damaged places, without writes that a kill cut off."""
+        return [damaged for damaged in self.summary.damaged if not damaged.damage.torn]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for ``--json``."""
+        summary, settings = self.summary, self.files.header.settings
+        return {
+            "run_id": self.files.run_id,
+            "project": settings.get("project"),
+            "experiment_name": settings.get("experiment_name"),
+            "mode": settings.get("mode"),
+            "state": self.state,
+            "error": summary.finished.error if summary.finished else None,
+            "started_ns": summary.first_ns,
+            "last_ns": summary.last_ns,
+            "world_size": summary.world_size,
+            "events": summary.events,
+            "bytes": summary.size,
+            "files": [str(path) for path in self.files.paths],
+            "swanlab": _place(summary),
+            "in_swanlab": summary.closed.model_dump(mode="json", exclude={"type", "time_ns"})
+            if summary.closed
+            else None,
+            "damaged": len(self.damage),
+            "ranks": [
+                {name: getattr(account, name) for name in Account.__dataclass_fields__} for account in self.accounts
+            ],
+            "alerts": [alert.text for alert in summary.alerts],
+        }
+
+
+def load(log_dir: Path) -> list[Run]:
+    """The runs under a log directory, oldest first.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        UnknownFormat: a journal is of a newer version.
+    """
+    return [load_run(files) for files in find_runs([log_dir])]
+
+
+def load_run(files: RunFiles) -> Run:
+    """Read one run from end to end."""
+    journal = summarise(files.journals)
+    everything = summarise(files.paths) if files.spools else journal
+    spooled = {key: life.events for key, life in everything.lives.items()}
+    for key, life in journal.lives.items():
+        spooled[key] = spooled.get(key, 0) - life.events
+    return Run(files, everything, list(_accounts(journal, everything, spooled)))
+
+
+def find(log_dir: Path, run_id: str | None) -> Run | None:
+    """The run of this id, or the only one whose id begins so; the latest one where no id is given."""
+    runs = find_runs([log_dir]) if log_dir.exists() else []
+    if run_id is None:
+        return load_run(runs[-1]) if runs else None
+    matching = [run for run in runs if run.run_id == run_id] or [run for run in runs if run.run_id.startswith(run_id)]
+    return load_run(matching[0]) if len(matching) == 1 else None
+
+
+def _accounts(journal: Summary, everything: Summary, spooled: dict[tuple[int, str], int]) -> Iterator[Account]:
+    damaged = any(not found.damage.torn for found in journal.damaged)
+    ranks = everything.ranks()
+    for rank in sorted(ranks.keys() | {rank for rank, _ in spooled}):
+        lives = {life: said for (number, life), said in journal.lives.items() if number == rank}
+        last = ranks[rank][-1] if rank in ranks else None
+        written = logged = aside = on_the_way = missing = 0
+        dropped: dict[str, int] = {}
+        for name, said in lives.items():
+            counts = said.ended.counts if said.ended else Counts()
+            kept = max(spooled.pop((rank, name), 0), counts.spooled)
+            lost = {reason: count for reason, count in counts.dropped.items() if reason != KILLED}
+            rest = max(0, counts.logged - said.events - kept - sum(lost.values()))
+            written, aside = written + said.events, aside + kept
+            logged += said.events + kept + sum(lost.values()) + rest
+            gone = sum(last - first + 1 for first, last in said.missing)
+            if gone or damaged:  # then nobody can say that it was never written
+                missing += max(rest, gone)
+                logged += max(0, gone - rest)
+            elif said.ended is None:
+                on_the_way += rest
+            elif said.ended.state == "lost" and rest:
+                lost[KILLED] = rest
+            else:
+                missing += rest
+            for reason, count in lost.items():
+                dropped[reason] = dropped.get(reason, 0) + count
+        strays = sum(events for (number, _), events in spooled.items() if number == rank)  # of lives only a spool knows
+        yield Account(
+            rank=rank,
+            lives=len(lives),
+            state="unknown" if last is None else last.ended.state if last.ended else "running",
+            error=last.ended.error if last and last.ended else None,
+            host=last.arrived.host if last and last.arrived else "",
+            logged=logged + strays,
+            written=written,
+            spooled=aside + strays,
+            dropped=dropped,
+            on_the_way=on_the_way,
+            missing=missing,
+        )
+
+
+def missing_files(run: RunFiles) -> list[str]:
+    """Journal files that must have been there, by the numbers of the others."""
+    names = []
+    for directory in {path.parent for path in run.journals}:
+        there = journal_files(directory)
+        names += [f"journal-{epoch:06d}.log" for epoch in range(1, max(there, default=0)) if epoch not in there]
+    return names
+
+
+def gaps(run: RunFiles, summary: Summary) -> list[Gap]:
+    """Where batches are missing, and between which steps."""
+    found = []
+    for (rank, life), said in summary.lives.items():
+        if not said.missing:
+            continue
+        steps: dict[int, tuple[int, int]] = {}
+        for entry in merged(run):
+            if isinstance(entry, Batch) and (entry.rank, entry.life) == (rank, life):
+                logged = [event.step for event in decode_batch(entry.data)[0] if isinstance(event, Scalars)]
+                if logged:
+                    steps[entry.seq] = (min(logged), max(logged))
+        for first, last in said.missing:
+            before = [steps[seq][1] for seq in steps if seq < first]
+            after = [steps[seq][0] for seq in steps if seq > last]
+            found.append(Gap(rank, first, last, max(before, default=None), min(after, default=None)))
+    return found
+
+
+@dataclass(slots=True)
+class FileReport:
+    """What one file holds."""
+
+    path: Path
+    records: int = 0
+    batches: int = 0
+    events: int = 0
+    damaged: list[Damaged] = field(default_factory=list)
+
+
+def inspect(path: Path) -> FileReport:
+    """Check every record of a file."""
+    report = FileReport(path)
+    for found in entries(path):
+        if isinstance(found, Damaged):
+            report.damaged.append(found)
+            continue
+        report.records += 1
+        if isinstance(found[1], Batch):
+            report.batches += 1
+            report.events += found[1].events
+    return report
+
+
+def stacks(files: RunFiles) -> list[tuple[int, Stacks]]:
+    """Where ranks stood when the job hung, in the order in which they said so."""
+    sequence = Sequence()
+    return [
+        (entry.rank, event)
+        for entry in merged(files)
+        if isinstance(entry, Batch) and sequence.take(entry)
+        for event in decode_batch(entry.data)[0]
+        if isinstance(event, Stacks)
+    ]
+
+
+def latest_values(run: Run) -> dict[str, tuple[int, float]]:
+    """The last value of each name that the job or rank 0 logged, with its step."""
+    latest: dict[str, tuple[int, float]] = {}
+    for entry in merged(run.files):
+        if not isinstance(entry, Batch):
+            continue
+        for event in decode_batch(entry.data)[0]:
+            if isinstance(event, Scalars) and (event.scope == JOB or entry.rank == 0):
+                for name, value in event.values.items():
+                    if event.step >= latest.get(name, (-1, 0.0))[0]:
+                        latest[name] = event.step, value
+    return latest
+
+
+def runs_table(runs: list[Run]) -> Table:
+    """A row per run."""
+    table = Table(box=box.ROUNDED, padding=(0, 1))
+    for name in ("run", "project", "state", "started", "lasted", "ranks", "events", "size", "lost"):
+        right = name in ("ranks", "events", "size", "lost", "lasted")
+        table.add_column(name, justify="right" if right else "left", no_wrap=name == "run")
+    for run in runs:
+        summary = run.summary
+        lost = sum(sum(account.dropped.values()) for account in run.accounts)
+        table.add_row(
+            run.files.run_id,
+            str(run.files.header.settings.get("project", "")),
+            f"[{_COLOUR.get(run.state, 'yellow')}]{run.state}[/]" + (" [red](damaged)[/]" if run.damage else ""),
+            _moment(summary.first_ns),
+            _duration((summary.last_ns - summary.first_ns) / 1e9),
+            str(summary.world_size),
+            str(summary.events),
+            _size(summary.size),
+            str(lost),
+        )
+    return table
+
+
+def ledger_table(accounts: list[Account]) -> Table:
+    """Where the events of each rank are: logged = journal + spooled + dropped (+ on the way)."""
+    table = Table(box=box.ROUNDED, padding=0)
+    for name in ("rank", "host", "state", "logged", "journal", "spooled", "dropped", "on the way", "missing"):
+        table.add_column(name, justify="left" if name in ("host", "state") else "right", overflow="fold")
+    for account in accounts:
+        state = account.state + (f" ({account.lives} lives)" if account.lives > 1 else "")
+        table.add_row(
+            str(account.rank),
+            account.host,
+            f"[{_COLOUR.get(account.state, 'red')}]{state}[/]",
+            str(account.logged),
+            str(account.written),
+            str(account.spooled),
+            ", ".join(f"{number}: {reason}" for reason, number in account.dropped.items()) or "0",
+            str(account.on_the_way),
+            str(account.missing),
+        )
+    return table
+
+
+def describe(run: Run) -> Iterator[str]:
+    """A run in a few lines."""
+    summary, settings = run.summary, run.files.header.settings
+    name = settings.get("experiment_name") or run.files.run_id
+    writers = len({(header.host, header.pid) for header in summary.headers if header.kind == "journal"})
+    yield f"{settings.get('project')} / {name} ({settings.get('mode')}): {run.state}"
+    if summary.finished and summary.finished.error:
+        yield f"  {summary.finished.error.splitlines()[0]}"
+    yield f"  from {_moment(summary.first_ns)} to {_moment(summary.last_ns)}, {summary.world_size} ranks"
+    yield (
+        f"  journal: {summary.events} events, {_size(summary.size)} in {summary.files} files of {writers} writers, "
+        f"{run.files.paths[0].parent}"
+    )
+    if summary.closed is not None:
+        closed = summary.closed
+        complete = "complete" if closed.complete and not closed.thinned else "not complete"
+        yield (
+            f"  SwanLab ({complete}): {closed.written} scalars written, {closed.thinned} thinned, "
+            f"{closed.withheld} withheld; {_place(summary) or 'nowhere'}"
+        )
+        if closed.completions:
+            yield (
+                f"  completions: {closed.completions} rows, {closed.completions_dropped} more than the tables' bound; "
+                f"see them with: swanlab-ray show {run.files.run_id} --completions"
+            )
+    elif place := _place(summary):
+        yield f"  SwanLab: {place}"
+    for damaged in run.damage:
+        yield f"  damaged: {damaged.path.name} at {damaged.damage.offset}: {damaged.damage.reason}"
+    for alert in summary.alerts:
+        yield f"  {_moment(alert.time_ns)} {alert.text}"
+
+
+_COLOUR = {"running": "cyan", "success": "green", "unfinished": "yellow"}
+
+
+def _place(summary: Summary) -> str | None:
+    places = [opened.url or opened.run_dir for opened in summary.opened if opened.url or opened.run_dir]
+    return places[-1] if places else None
+
+
+def _moment(time_ns: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_ns / 1e9)) if time_ns else "?"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return ""

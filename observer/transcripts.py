@@ -1,0 +1,51 @@
+"""What a run's model was shown and has said, from the run's journal."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+from swanlab_ray.actors.completions import TABLE, CompletionRow, rows_of
+from swanlab_ray.actors.history import Damaged, RunFiles, Sequence, merged
+from swanlab_ray.actors.protocol import Completions, Tokenizer, decode_batch
+from swanlab_ray.actors.records import Batch
+from swanlab_ray.actors.supersession import supersession
+from swanlab_ray.actors.tables import Decoder, Shown
+
+
+def completions(run: RunFiles, last: int | None = None) -> Iterator[dict[str, Shown]]:
+    """Rows of all ranks, whole texts, by step and rank; without those that a resumed training has replaced.
+
+    Args:
+        run: its files.
+        last: only so many, the latest ones.
+    """
+    kept: dict[int, deque[CompletionRow]] = {}
+    decoder = Decoder()
+    superseded, sequence = supersession(run), Sequence()
+    for entry in merged(run):
+        if isinstance(entry, Damaged) or not isinstance(entry, Batch) or not sequence.take(entry):
+            continue
+        for event in decode_batch(entry.data)[0]:
+            if isinstance(event, Tokenizer):
+                decoder.learn(event)
+            elif isinstance(event, Completions) and superseded.stands(entry.rank, entry.life, event.step, TABLE):
+                kept.setdefault(entry.rank, deque(maxlen=last)).extend(rows_of(entry.rank, event))
+    # The n-th rows of all ranks side by side, so that the latest few are of all of them.
+    counted = [(row.step, number, row) for rows in kept.values() for number, row in _numbered(rows)]
+    counted.sort(key=lambda item: (item[0], item[1], item[2].rank))
+    for row in sorted((row for _, _, row in counted[-(last or 0) :]), key=lambda row: (row.step, row.rank)):
+        shown: dict[str, Shown] = {"step": row.step, "rank": row.rank}
+        if row.algorithm:
+            shown["algorithm"] = row.algorithm
+        for name, cell in row.cells.items():
+            shown[f"{name}_" if name in shown else name] = decoder.text(cell, row.tokenizer)
+        yield shown
+
+
+def _numbered(rows: Iterable[CompletionRow]) -> Iterator[tuple[int, CompletionRow]]:
+    """Rows of one rank, counted from the end of each step."""
+    for _, of_step in groupby(rows, key=lambda row: row.step):
+        step = list(of_step)
+        yield from zip(range(-len(step), 0), step, strict=True)

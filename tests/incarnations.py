@@ -1,0 +1,187 @@
+"""Writers that can be killed in this process: from then on nothing reaches the disk or SwanLab any more."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swanlab_ray.actors import journal as journal_module
+from swanlab_ray.actors import writer as writer_module
+from swanlab_ray.actors.history import Damaged, RunFiles, find_runs, merged
+from swanlab_ray.actors.journal import Disk
+from swanlab_ray.actors.notifications import Notifications
+from swanlab_ray.actors.protocol import Ack, Beat, Farewell, Goodbye, Hello, Scalars, WriterStatus, decode_batch
+from swanlab_ray.actors.records import Batch
+from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.sink import Sink
+from swanlab_ray.actors.writer import Writer
+from swanlab_ray.observer.channel import Link as LinkProtocol
+from swanlab_ray.observer.identity import Identity
+from swanlab_ray.observer.link import LinkBroken
+from swanlab_ray.observer.session import Observer
+
+
+class MortalDisk(Disk):
+    """Ends the thread that uses it, once it is dead."""
+
+    made: list[MortalDisk] = []  # noqa: RUF012 - emptied by mortal()
+
+    def __init__(self) -> None:
+        self.dead = False
+        self.made.append(self)
+
+    def write(self, descriptor: int, data: memoryview, offset: int) -> int:
+        if self.dead:
+            raise SystemExit
+        return super().write(descriptor, data, offset)
+
+    def sync(self, descriptor: int) -> None:
+        if self.dead:
+            raise SystemExit
+        super().sync(descriptor)
+
+
+class NoSwanLab(Sink):
+    """Takes rows and keeps them."""
+
+    def __init__(self, notice: Callable[[str], None], on_open: Callable[[Sink], None]) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        super().__init__("offline", notice, on_open)
+
+    def _write_some(self) -> None:
+        self.rows.append((self._rows[0].step, self._rows[0].values))
+        self.written += len(self._rows[0].values)
+        self._forget(1)
+
+
+def mortal(patch: pytest.MonkeyPatch, swanlab: bool = False) -> None:
+    """Make the writers of this process mortal, and keep SwanLab out unless it is wanted."""
+    MortalDisk.made.clear()
+    patch.setattr(journal_module, "Disk", MortalDisk)
+    patch.setattr("ray.is_initialized", lambda: False)
+    patch.setattr(writer_module, "LINGER_S", 0.0)
+    if not swanlab:
+        patch.setattr(Writer, "_make_sink", lambda self: NoSwanLab(self._notice, self._opened))
+
+
+class Cluster:
+    """Where ranks find the writer of a run: what Ray is otherwise."""
+
+    def __init__(self, settings: ObserverSettings) -> None:
+        self.settings = settings
+        self.writer: Writer | None = None
+        self.incarnations = 0
+        self._disk: MortalDisk | None = None
+        self._lock = threading.Lock()
+
+    def find(self) -> Writer:
+        """The writer, started again if it was killed."""
+        with self._lock:
+            if self.writer is None:
+                self.writer = Writer(self.settings.run_id or "r", self.settings)
+                self._disk = MortalDisk.made[-1]
+                self.incarnations += 1
+            return self.writer
+
+    def kill(self) -> Writer | None:
+        """Kill the writer; the next call to :meth:`find` starts another."""
+        with self._lock:
+            killed, self.writer = self.writer, None
+            if killed is not None and self._disk is not None:
+                self._disk.dead = True
+                killed._notifications = Notifications(None, print)
+                killed._deserted = lambda now: True  # type: ignore[method-assign]
+                killed._fenced = True  # both end its clock
+                if killed._reducer is not None:
+                    killed._reducer.abandon(close=False)
+                    killed._reducer.sink.closed.wait(20)  # one process has one SwanLab client
+            return killed
+
+    @property
+    def files(self) -> RunFiles:
+        (run,) = find_runs([self.settings.log_dir])
+        return run
+
+
+class Link:
+    """A rank's connection, which can lose answers, delay them, and be cut."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.run_id = cluster.settings.run_id
+        self.cut = False
+        self.lose_answers = 0
+        self.delay = 0.0
+        self._writer: Writer | None = None
+
+    def open(self, hello: Hello) -> Ack:
+        if self.cut:
+            raise LinkBroken("it is cut")
+        self._writer = self.cluster.find()
+        answer: Ack = self._call("hello", hello)
+        return answer
+
+    def ingest(self, *batch: Any) -> Any:
+        return self._call("ingest", *batch)
+
+    def acknowledged(self, reference: Any, wait: float) -> Ack | None:
+        if self.lose_answers:
+            self.lose_answers -= 1
+            raise LinkBroken("an answer is lost")
+        answer: Ack | None = reference
+        return answer
+
+    def beat(self, beat: Beat) -> Any:
+        return self._call("beat", beat)
+
+    def beaten(self, reference: Any) -> Ack | bool | None:
+        return reference or False
+
+    def goodbye(self, goodbye: Goodbye, wait: float) -> Farewell:
+        farewell: Farewell = self._call("goodbye", goodbye)
+        return farewell
+
+    def wait_closed(self, deadline: float) -> WriterStatus | None:
+        while time.monotonic() < deadline:
+            status: WriterStatus = self._call("status")
+            if status.closed:
+                return status
+            time.sleep(0.01)
+        return None
+
+    def close(self) -> None: ...
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        time.sleep(self.delay)
+        if self.cut or self._writer is None or self._writer is not self.cluster.writer:
+            raise LinkBroken("the writer is gone")
+        try:
+            return getattr(self._writer, method)(*arguments)
+        except Exception as error:
+            raise LinkBroken(f"{type(error).__name__}: {error}") from error
+
+
+def rank(cluster: Cluster, link: LinkProtocol, number: int = 0, size: int = 1) -> Observer:
+    """A rank that reports there."""
+    return Observer(cluster.settings, Identity(number, size, number, 1), link)
+
+
+def logged_in(run: RunFiles) -> Iterator[tuple[int, int, dict[str, float]]]:
+    """``(rank, step, values)`` of every event in a run's files, each batch once."""
+    seen: set[tuple[int, str, int]] = set()
+    for entry in merged(run):
+        assert not (isinstance(entry, Damaged) and not entry.damage.torn)
+        if isinstance(entry, Batch) and (entry.rank, entry.life, entry.seq) not in seen:
+            seen.add((entry.rank, entry.life, entry.seq))
+            for event in decode_batch(entry.data)[0]:
+                if isinstance(event, Scalars):
+                    yield entry.rank, event.step, event.values
+
+
+def settings_for(log_dir: Path, **values: Any) -> ObserverSettings:
+    return ObserverSettings(**({"project": "p", "mode": "offline", "log_dir": log_dir, "run_id": "r"} | values))

@@ -1,0 +1,26 @@
+"""Imports what jobs need, in the process that their processes are copies of."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from swanlab_ray.observer.guards import set_environment
+
+set_environment()  # before Ray
+for _name in (
+    "ray",
+    "swanlab_ray.actors.writer",
+    "swanlab_ray.observer.session",
+    "torch.distributed.run",
+    "accelerate",
+    "datasets",
+    "transformers.models.llama.modeling_llama",
+    "trl.trainer.dpo_trainer",
+    "trl.trainer.grpo_trainer",
+):
+    import_module(_name)
+
+from swanlab_ray.observer import session  # noqa: E402
+
+# What is shown is that a run ends well, not how soon: the machine of the tests may need minutes to start a writer.
+session.Observer.finish.__defaults__ = ("success", None, 600.0)

@@ -1,0 +1,366 @@
+"""Cloud mode: SwanLab's real client against a stand-in server with faults. The server ends with every point, once."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swanlab_ray.actors import cloud_run, reducer, sink
+from swanlab_ray.actors import writer as writer_module
+from swanlab_ray.actors.cloud import CloudError
+from swanlab_ray.actors.protocol import WriterStatus
+from swanlab_ray.observer import sync
+from swanlab_ray.observer.identity import Identity
+from swanlab_ray.observer.session import Observer
+from tests.conftest import wait_until
+from tests.incarnations import Cluster, Link, mortal, settings_for
+from tests.swanlab_cloud import KEY, Fault, SwanLabCloud
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+STEPS = 200
+
+
+@pytest.fixture
+def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[SwanLabCloud]:
+    mortal(monkeypatch, swanlab=True)
+    monkeypatch.setattr(cloud_run, "RETRY_S", (0.02, 0.2))
+    with SwanLabCloud() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+class Job:
+    """Two ranks and their writer, in this process."""
+
+    def __init__(self, log_dir: Path, **values: Any) -> None:
+        self.log_dir = log_dir
+        self.cluster = Cluster(settings_for(log_dir, mode="cloud", **values))
+        self.observers = self.ranks()
+
+    def ranks(self) -> list[Observer]:
+        settings = self.cluster.settings
+        return [Observer(settings, Identity(rank, 2, rank, 1), Link(self.cluster)) for rank in range(2)]
+
+    def log(self, steps: range, factor: float = 1.0) -> None:
+        for step in steps:
+            for rank, observer in enumerate(self.observers):
+                observer.log({"x": factor * (step * 2 + rank)}, step)
+        for observer in self.observers:
+            assert observer.flush(20)
+
+    def finish(self, state: Any = "success") -> WriterStatus:
+        for observer in self.observers:
+            assert observer.finish(state)
+        assert self.observers[1].outcome is not None
+        return self.observers[1].outcome
+
+    def delivered(self, scalars: int) -> None:
+        wait_until(lambda: self.cluster.find().status().written >= scalars)
+
+
+def expected(steps: range, factor: float = 1.0) -> dict[str, dict[int, float]]:
+    of = {rank: {step: factor * (step * 2 + rank) for step in steps} for rank in range(2)}
+    return {
+        "rank/0/x": of[0],
+        "rank/1/x": of[1],
+        "x": {step: (of[0][step] + of[1][step]) / 2 for step in steps},
+        "ranks/x/mean": {step: (of[0][step] + of[1][step]) / 2 for step in steps},
+        "ranks/x/min": of[0],
+        "ranks/x/max": of[1],
+        "ranks/x/p95": of[1],
+        "ranks/x/argmax": dict.fromkeys(steps, 1.0),
+    }
+
+
+def test_every_point_once_with_its_time_and_the_end(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    job = Job(tmp_path)
+    job.observers[0].config({"lr": 0.1, "model": {"layers": 2}})
+    began = time.time()
+    job.log(range(STEPS))
+    status = job.finish()
+    experiment = cloud.only()
+    assert experiment.points == expected(range(STEPS))
+    assert experiment.repeated == 0
+    assert experiment.columns == set(expected(range(1)))
+    assert experiment.state == "FINISHED"
+    assert experiment.profile["config"]["lr"]["value"] == 0.1
+    assert experiment.profile["config"]["model"]["value"] == {"layers": 2}
+    assert experiment.times["x"][0][:16] == time.strftime("%Y-%m-%dT%H:%M", time.gmtime(began))
+    assert status.url == f"{cloud.url}/@tester/p/runs/r"
+    assert status.notices == []
+    assert not list(tmp_path.glob("run-*"))  # the journal is the backup
+
+
+def test_a_crash_is_told_with_its_reason(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    job = Job(tmp_path)
+    job.log(range(3))
+    job.observers[0].finish("crashed", "ValueError: boom")
+    job.observers[1].finish()
+    assert cloud.only().state == "CRASHED"
+    assert "ValueError: boom" in cloud.only().logs[0]["message"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("metrics$", 500, count=5),
+        Fault("metrics$", 500, count=3, applied=True),
+        Fault("metrics$", 429, count=5),
+        Fault("metrics$", 401, count=5),
+        Fault("metrics$", 404, count=2),
+        Fault("series$", 503, count=2),
+        Fault("profile$", 500, count=2),
+        Fault("state$", 500, count=2),
+        Fault("metrics$", 0, count=10, delay=0.1),
+        Fault("experiment$", 403, count=2),
+        Fault("api_key$", 401, count=2),
+    ],
+    ids=lambda fault: f"{re.sub('[^a-z_]', '', fault.match)}-{fault.status}{'-applied' * fault.applied}",
+)
+def test_faults_cost_nothing(tmp_path: Path, cloud: SwanLabCloud, fault: Fault) -> None:
+    """SwanLab's own client drops what is answered with 401, 404 or 429, and says the run is complete."""
+    cloud.faults.append(fault)
+    job = Job(tmp_path)
+    job.observers[0].config({"lr": 0.1})
+    job.log(range(STEPS))
+    status = job.finish()
+    assert cloud.only().points == expected(range(STEPS))
+    assert cloud.only().state == "FINISHED"
+    assert cloud.only().profile["config"]["lr"]["value"] == 0.1
+    assert len([notice for notice in status.notices if "cannot be used" in notice]) == (
+        fault.status != 0 and fault.match != "state$"  # that request SwanLab's client repeats itself
+    )
+    assert status.thinned == 0
+
+
+def test_a_value_that_the_server_refuses_for_good_holds_up_nothing(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = cloud._metrics
+
+    def picky(body: Any, headers: Any) -> tuple[int, Any]:
+        if any(metric["key"] == "rank/1/x" and metric["index"] == 50 for metric in body["metrics"]):
+            return 400, {"code": "400", "message": "not that one"}
+        return real(body, headers)
+
+    monkeypatch.setattr(cloud, "_metrics", picky)
+    job = Job(tmp_path)
+    job.log(range(STEPS))
+    status = job.finish()
+    assert set(cloud.only().points["x"]) == set(range(STEPS)) - {50}
+    assert status.withheld == 8
+    assert any("does not take some values" in notice for notice in status.notices)
+    assert cloud.only().state == "FINISHED"
+
+
+def test_an_outage_from_the_start(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    cloud.stop()
+    job = Job(tmp_path)
+    job.log(range(STEPS))
+    wait_until(lambda: bool(job.cluster.find().status().notices))
+    (notice,) = job.cluster.find().status().notices
+    assert f"cannot be used ({cloud.url} cannot be reached)" in notice
+    assert f"swanlab-ray sync {tmp_path / 'observer' / 'r'}" in notice
+    cloud.start()
+    job.log(range(STEPS, 2 * STEPS))
+    assert len(job.finish().notices) == 1
+    assert cloud.only().points == expected(range(2 * STEPS))
+    assert cloud.only().state == "FINISHED"
+
+
+def test_a_long_outage_in_the_middle_does_not_fill_memory(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the bounds nothing waits in memory: it is read from the journal when the server is back."""
+    monkeypatch.setattr(sink, "QUEUE_SCALARS", 500)
+    monkeypatch.setattr(reducer, "BACKLOG_EVENTS", 200)
+    job = Job(tmp_path)
+    job.log(range(100))
+    job.delivered(800)
+    cloud.stop()
+    for begin in range(100, 3000, 100):
+        job.log(range(begin, begin + 100))
+    reducing = job.cluster.find()._reducer
+    assert reducing is not None
+    wait_until(lambda: reducing._behind)
+    assert reducing._events <= 200 + 2 * 100
+    assert reducing.sink._waiting <= 500 + 8
+    assert job.cluster.find().status().lag > 0
+    cloud.start()
+    job.finish()
+    assert cloud.only().points == expected(range(3000))
+    assert cloud.only().repeated == 0
+
+
+def test_a_server_that_is_dead_at_the_end_and_sync_afterwards(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sink, "FINISH_DEADLINE_S", 2.0)
+    job = Job(tmp_path)
+    job.log(range(STEPS))
+    job.delivered(8 * STEPS)
+    cloud.stop()
+    job.log(range(STEPS, 2 * STEPS))
+    began = time.monotonic()
+    status = job.finish()
+    assert time.monotonic() - began < 2 + 10
+    assert status.notices[-1].startswith("The SwanLab cloud does not have the whole run")
+    cloud.start()
+    (synced,) = sync(tmp_path)
+    assert (synced.uploaded, synced.present, synced.damaged) == (8 * STEPS, 8 * STEPS, 0)
+    assert cloud.only().points == expected(range(2 * STEPS))
+    assert cloud.only().state == "FINISHED"
+    assert cloud.only().repeated == 0
+
+
+def test_sync_twice_and_into_gaps(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    job = Job(tmp_path)
+    job.log(range(STEPS))
+    job.finish()
+    whole = expected(range(STEPS))
+    cloud.experiments.clear()
+    assert [run.uploaded for run in sync(tmp_path)] == [8 * STEPS]
+    assert cloud.only().points == whole
+    assert [run.uploaded for run in sync(tmp_path)] == [0]
+    del cloud.only().points["x"][50]
+    del cloud.only().points["rank/1/x"][3]
+    del cloud.only().points["ranks/x/max"]
+    assert [run.uploaded for run in sync(tmp_path / "observer" / "r")] == [2 + STEPS]
+    assert cloud.only().points == whole
+    assert cloud.only().repeated == 0
+    assert len(cloud.experiments) == 1
+
+
+def test_sync_can_be_interrupted(tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(tmp_path)
+    job.log(range(STEPS))
+    job.finish()
+    cloud.experiments.clear()
+    monkeypatch.setattr("swanlab_ray.observer.upload.CHUNK_SCALARS", 100)
+    cloud.faults += [Fault("nothing"), Fault("metrics$", 0, count=5), Fault("metrics$", 503, count=1)]
+    with pytest.raises(CloudError, match="503"):
+        sync(tmp_path)
+    assert sum(map(len, cloud.only().points.values())) == 5 * 104
+    assert cloud.only().state == "RUNNING"
+    sync(tmp_path)
+    assert cloud.only().points == expected(range(STEPS))
+    assert cloud.only().repeated == 0
+    assert cloud.only().state == "FINISHED"
+
+
+def test_a_server_that_cannot_export_points(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    """An older deployment: then what lies beyond each series' highest step is uploaded."""
+    job = Job(tmp_path)
+    job.log(range(STEPS))
+    job.finish()
+    for points in cloud.only().points.values():
+        for step in range(150, STEPS):
+            del points[step]
+    cloud.faults.append(Fault("export$", 404, count=100))
+    assert [run.uploaded for run in sync(tmp_path)] == [8 * 50]
+    assert cloud.only().points == expected(range(STEPS))
+    assert cloud.only().repeated == 0
+
+
+@pytest.mark.parametrize("moment", [0, 1, 7, 15])
+def test_a_killed_writer_goes_on_in_the_same_experiment(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """Killed at different moments of its uploads: no gap, no second experiment, hardly anything sent again."""
+    monkeypatch.setattr(cloud_run, "CHUNK_SCALARS", 40)
+    job = Job(tmp_path)
+    requests = len(cloud.requests)
+    for step in range(0, STEPS, 10):
+        job.log(range(step, step + 10))
+        if step == STEPS // 2:
+            wait_until(lambda: len([r for r in cloud.requests[requests:] if r.endswith("metrics")]) >= moment)
+            job.cluster.kill()
+    status = job.finish()
+    assert cloud.only().points == expected(range(STEPS))
+    assert cloud.only().state == "FINISHED"
+    assert cloud.only().opened == 2
+    assert cloud.only().repeated <= 40  # the request that was under way when the writer was killed
+    assert job.cluster.incarnations == 2
+    assert all(rank.logged == rank.received == STEPS for rank in status.ranks)
+
+
+def test_killed_again_and_again_with_faults(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cloud_run, "CHUNK_SCALARS", 64)
+    job = Job(tmp_path)
+    for round_ in range(6):
+        cloud.faults += [Fault("metrics$", 500, applied=True), Fault("metrics$", 429), Fault("summaries", 500)]
+        job.log(range(round_ * 50, round_ * 50 + 50))
+        job.cluster.kill()
+        if round_ == 3:
+            job.cluster.find()
+            job.cluster.kill()
+    job.finish()
+    assert cloud.only().points == expected(range(300))
+    assert cloud.only().state == "FINISHED"
+    assert len(cloud.experiments) == 1
+
+
+def test_a_training_that_is_resumed_replaces_what_it_runs_again(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    """Life one reaches step 99, life two goes on from a checkpoint at 60 and ends at 79."""
+    first = Job(tmp_path)
+    first.log(range(100))
+    first.finish("crashed")
+    second = Job(tmp_path)
+    second.log(range(60, 80), factor=10.0)
+    second.finish()
+    experiment = cloud.only()
+    assert experiment.state == "FINISHED"
+    assert experiment.opened == 2
+    again = expected(range(60, 80), factor=10.0)
+    for name, points in expected(range(100)).items():
+        assert {step: experiment.points[name][step] for step in range(60)} == {s: points[s] for s in range(60)}, name
+        assert {step: experiment.points[name][step] for step in range(60, 80)} == again[name], name
+    cloud.experiments.clear()
+    sync(tmp_path)  # elsewhere what does not stand any more is not uploaded at all
+    assert set(cloud.only().points["x"]) == set(range(80))
+    assert {step: cloud.only().points["x"][step] for step in range(60, 80)} == again["x"]
+    assert cloud.only().points["x"][59] == expected(range(60))["x"][59]
+
+
+def test_a_spool_is_merged_by_sync(tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 is cut off for good: its part is on its disk, and the means are those of both ranks after the sync."""
+    monkeypatch.setattr(writer_module, "FAILED_RANK_GRACE_S", 1.0)
+    monkeypatch.setattr("swanlab_ray.observer.channel.UNREACHABLE_S", 0.2)
+    job = Job(tmp_path, rank_timeout=3.0)
+    job.log(range(50))
+    link = job.observers[1]._link
+    assert isinstance(link, Link)
+    link.cut = True
+    for step in range(50, 100):
+        for rank, observer in enumerate(job.observers):
+            observer.log({"x": step * 2 + rank}, step)
+    assert not job.observers[1].finish()
+    assert job.observers[1].statistics().spooled == 50
+    assert job.observers[0].finish()
+    wait_until(lambda: [experiment.state for experiment in cloud.experiments.values()] == ["CRASHED"])
+    (synced,) = sync(tmp_path)
+    assert cloud.only().points == expected(range(100))
+    assert synced.damaged == 0
+
+
+def test_no_secret_is_in_the_journal_or_a_notice(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    cloud.faults.append(Fault("api_key$", 401, count=3))
+    job = Job(
+        tmp_path, api_key=KEY, lark_webhook_url="http://127.0.0.1:1/open-apis/bot/v2/hook/s3cret", lark_secret="s3cret"
+    )
+    job.log(range(3))
+    status = job.finish()
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert KEY.encode() not in path.read_bytes()
+            assert b"s3cret" not in path.read_bytes()
+    assert KEY not in repr(status)

@@ -1,0 +1,291 @@
+"""The journal on disks that fail, with successors that take over, and killed at every step."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swanlab_ray.actors import journal as journal_module
+from swanlab_ray.actors.history import Damaged, find_runs, merged, summarise
+from swanlab_ray.actors.journal import Disk, Journal, Position, being_written, journal_files
+from swanlab_ray.actors.records import Batch, Entry, Header, UnknownFormat, pack, unpack
+from tests.conftest import wait_until
+
+
+def header(epoch: int) -> Header:
+    return Header(kind="journal", run_id="r", epoch=epoch, host="h", pid=1, settings={"project": "p"})
+
+
+def batch(seq: int, data: bytes = b"data") -> Batch:
+    return Batch(0, "life", seq, time.time_ns(), 1, data)
+
+
+class Kept:
+    """A journal and what it reported."""
+
+    def __init__(self, directory: Path, disk: Disk | None = None) -> None:
+        self.committed: list[tuple[Entry, Position]] = []
+        self.trouble: list[OSError | None] = []
+        self.fenced = 0
+        self.journal = Journal(directory, header, self.committed.extend, self.trouble.append, self._count_fence, disk)
+        self.journal.start()
+
+    def _count_fence(self) -> None:
+        self.fenced += 1
+
+    def seqs(self) -> list[int]:
+        return [entry.seq for entry, _ in self.committed if isinstance(entry, Batch)]
+
+
+def stored(directory: Path) -> list[int]:
+    """The batches that a reader finds, each once."""
+    (run,) = find_runs([directory])
+    seen: dict[int, None] = {}
+    for entry in merged(run):
+        if isinstance(entry, Batch):
+            seen[entry.seq] = None
+        assert not (isinstance(entry, Damaged) and not entry.damage.torn)
+    return list(seen)
+
+
+class FailingDisk(Disk):
+    """Fails at its n-th call: with an error, or by writing only a part."""
+
+    def __init__(self, n: int, error: int | None) -> None:
+        self.calls = 0
+        self.n = n
+        self.error = error
+
+    def _count(self, name: str) -> bool:
+        self.calls += 1
+        if self.calls != self.n:
+            return False
+        if self.error is not None:
+            raise OSError(self.error, os.strerror(self.error))
+        return name == "write"
+
+    def make_directory(self, path: Path) -> None:
+        self._count("make_directory")
+        super().make_directory(path)
+
+    def create(self, path: Path) -> int:
+        self._count("create")
+        return super().create(path)
+
+    def write(self, descriptor: int, data: memoryview, offset: int) -> int:
+        return super().write(descriptor, data[: max(1, len(data) // 2)] if self._count("write") else data, offset)
+
+    def sync(self, descriptor: int) -> None:
+        self._count("sync")
+        super().sync(descriptor)
+
+    def linked(self, descriptor: int) -> bool:
+        self._count("linked")
+        return super().linked(descriptor)
+
+    def exists(self, path: Path) -> bool:
+        self._count("exists")
+        return super().exists(path)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, None], ids=["ENOSPC", "EIO", "short write"])
+def test_whatever_call_fails_everything_is_kept_once_and_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int | None
+) -> None:
+    """SQLite's way: the n-th call fails, for every n until none is left to fail."""
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.001)
+    n = 0
+    while True:
+        n += 1
+        disk = FailingDisk(n, error)
+        directory = tmp_path / str(n)
+        kept = Kept(directory, disk)
+        for seq in range(5):
+            kept.journal.append(batch(seq))
+            assert kept.journal.settled(10)
+        assert kept.journal.close(10)
+        assert kept.seqs() == [0, 1, 2, 3, 4]
+        assert stored(directory) == [0, 1, 2, 3, 4]
+        assert not kept.fenced
+        troubles = [one for one in kept.trouble if one is not None]
+        assert len(troubles) == (disk.calls >= n and error is not None)
+        if disk.calls < n:
+            break
+    assert n > 15
+
+
+def test_one_alert_while_the_disk_is_full_and_one_when_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.001)
+
+    class FullDisk(Disk):
+        full = True
+
+        def write(self, descriptor: int, data: memoryview, offset: int) -> int:
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(descriptor, data, offset)
+
+    disk = FullDisk()
+    kept = Kept(tmp_path, disk)
+    kept.journal.append(batch(0), batch(1))
+    assert not kept.journal.settled(0.2)
+    assert [error.errno for error in kept.trouble if error] == [errno.ENOSPC]
+    assert kept.journal.queued_bytes == 8
+    disk.full = False
+    assert kept.journal.settled(10)
+    assert kept.trouble[-1] is None
+    assert kept.journal.queued_bytes == 0
+    kept.journal.close(10)
+    assert stored(tmp_path) == [0, 1]
+    assert len(journal_files(tmp_path)) == 1  # attempts leave no empty files behind
+
+
+def test_a_removed_directory_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The open file would go on taking data that nobody finds."""
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.001)
+    directory = tmp_path / "run"
+    kept = Kept(directory)
+    kept.journal.append(batch(0))
+    assert kept.journal.settled(10)
+    shutil.rmtree(directory)
+    kept.journal.append(batch(1))
+    assert kept.journal.settled(10)
+    assert isinstance(kept.trouble[0], FileNotFoundError)
+    assert stored(directory) == [1]
+    kept.journal.close(10)
+
+
+def test_a_successor_fences_the_older_one(tmp_path: Path) -> None:
+    old = Kept(tmp_path)
+    old.journal.append(batch(0))
+    assert old.journal.settled(10)
+    new = Kept(tmp_path)
+    assert new.journal.earlier == (1,)
+    old.journal.append(batch(1))
+    wait_until(lambda: old.fenced == 1)
+    assert old.seqs() == [0]
+    new.journal.append(batch(1))
+    assert new.journal.settled(10)
+    assert new.seqs() == [1]
+    assert not old.journal.settled(0.05)
+    old.journal.close(10)
+    new.journal.close(10)
+    assert stored(tmp_path) == [0, 1]
+
+
+def test_incarnations_that_begin_at_once_get_epochs_of_their_own(tmp_path: Path) -> None:
+    journals = [Kept(tmp_path) for _ in range(4)]
+    assert sorted(kept.journal.epoch for kept in journals) == [1, 2, 3, 4]
+    for kept in journals:
+        kept.journal.append(batch(0))
+    wait_until(lambda: sum(kept.fenced for kept in journals) == 3)
+    assert journals[-1].journal.settled(10)
+    assert [kept.seqs() for kept in journals] == [[], [], [], [0]]
+
+
+def test_files_are_followed_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "ROTATE_BYTES", 1000)
+    kept = Kept(tmp_path)
+    for seq in range(20):
+        kept.journal.append(batch(seq, bytes(300)))
+        assert kept.journal.settled(10)
+    kept.journal.close(10)
+    assert len(journal_files(tmp_path)) >= 5
+    assert stored(tmp_path) == kept.seqs() == list(range(20))
+
+
+def test_it_can_be_read_while_it_is_written(tmp_path: Path) -> None:
+    kept = Kept(tmp_path)
+    path = tmp_path / "journal-000001.log"
+    assert being_written(path)
+    for seq in range(50):
+        kept.journal.append(batch(seq, os.urandom(3000)))
+        if seq % 10 == 0:
+            summary = summarise([path])
+            assert not any(not damaged.damage.torn for damaged in summary.damaged)
+    kept.journal.close(10)
+    assert not being_written(path)
+
+
+def test_a_journal_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    newer = pack(header(1)).replace(b'"version":1', b'"version":2')
+    with pytest.raises(UnknownFormat, match="version 2"):
+        unpack(newer)
+    assert unpack(b'C{"type": "invented later", "time_ns": 1}') is None
+
+
+_KILLED = """
+import json, os, signal, sys, time
+from pathlib import Path
+from swanlab_ray.actors import journal as module
+from swanlab_ray.actors.journal import Disk, Journal
+from swanlab_ray.actors.records import Batch, Header
+
+class MortalDisk(Disk):
+    calls = 0
+    def __getattribute__(self, name):
+        method = super().__getattribute__(name)
+        if name not in ("make_directory", "create", "write", "sync", "linked", "exists"):
+            return method
+        def killed(*args):
+            MortalDisk.calls += 1
+            if MortalDisk.calls == point: os.kill(os.getpid(), signal.SIGKILL)
+            result = method(*args)
+            MortalDisk.calls += 1
+            if MortalDisk.calls == point: os.kill(os.getpid(), signal.SIGKILL)
+            return result
+        return killed
+
+def run(directory, pipe):
+    header = lambda epoch: Header(kind="journal", run_id="r", epoch=epoch, host="h", pid=1, settings={})
+    say = lambda entries: [os.write(pipe, b"%d " % entry.seq) for entry, _ in entries]
+    journal = Journal(directory, header, say, lambda error: None, lambda: None, MortalDisk())
+    journal.start()
+    for seq in range(4):
+        journal.append(Batch(0, "life", seq, time.time_ns(), 1, b"x" * 20000))
+        journal.settled(10)
+    journal.close(10)
+    os._exit(0)
+
+results, point = {}, 0
+while True:
+    point += 1
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        run(Path(sys.argv[1]) / str(point), writing)
+    os.close(writing)
+    _, status = os.waitpid(child, 0)
+    with os.fdopen(reading) as said:
+        results[point] = [int(seq) for seq in said.read().split()]
+    if not os.WIFSIGNALED(status):
+        break
+print(json.dumps(results))
+"""
+
+
+def test_killed_before_and_after_every_call_to_the_disk(tmp_path: Path) -> None:
+    """SIGKILL at each failpoint: what was acknowledged is there, nothing is there twice or out of order."""
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    acknowledged: dict[str, Any] = json.loads(done.stdout)
+    assert len(acknowledged) > 30
+    for point, seqs in acknowledged.items():
+        runs = find_runs([tmp_path / point]) if (tmp_path / point).exists() else []
+        found = [entry.seq for run in runs for entry in merged(run) if isinstance(entry, Batch)]
+        assert found == list(range(len(found))), point
+        assert set(seqs) <= set(found), point
+    assert acknowledged[str(len(acknowledged))] == [0, 1, 2, 3]

@@ -1,0 +1,252 @@
+"""The Lark bot and what lies on its way to it, against a stand-in that checks what the real one checks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from swanlab_ray.actors import lark as lark_module
+from swanlab_ray.actors import mailbox as mailbox_module
+from swanlab_ray.actors.cards import Message, Words, card, same
+from swanlab_ray.actors.lark import LarkBot
+from swanlab_ray.actors.mailbox import Mailbox, Refused, Unavailable
+from swanlab_ray.actors.settings import ObserverSettings, SettingsError
+from swanlab_ray.observer.cli import main
+from tests.conftest import wait_until
+from tests.lark_bot import SECRET, TOKEN, Fault, LarkGroup, texts, title
+
+
+def message(key: str = "k", **more: Any) -> Message:
+    return Message(
+        key, key, Words("A title", "标题"), "blue", [(Words("Loss", "损失"), "0.5")], footer="SwanLab", **more
+    )
+
+
+@pytest.fixture
+def group() -> Iterator[LarkGroup]:
+    with LarkGroup(keyword="SwanLab") as group:
+        yield group
+
+
+@pytest.mark.parametrize("secret", [SECRET, None])
+def test_a_card_arrives_signed_and_unsigned(secret: str | None) -> None:
+    with LarkGroup(secret) as group:
+        LarkBot(group.url, secret).send(card(message(link="https://swanlab.cn/x", code="line 1\nline 2"), times=3))
+        (got,) = group.cards
+    assert (title(got), title(got, "zh_cn")) == ("A title ×3", "标题 ×3")
+    assert texts(got).splitlines()[:2] == ["**Loss**", "0.5"]
+    assert "**损失**" in texts(got, "zh_cn")
+    assert "line 1\nline 2" in texts(got)
+    assert got["i18n_elements"]["en_us"][-2]["actions"][0]["url"] == "https://swanlab.cn/x"
+
+
+def test_what_users_write_becomes_no_markup() -> None:
+    made = card(Message("k", "k", same("t"), "blue", [(same("Experiment"), "<at id=all></at> **x** [a](b)")]))
+    (text,) = [field["text"]["content"] for field in made["i18n_elements"]["en_us"][0]["fields"]]
+    assert not set("<>[]") & set(text)
+    assert text.count("*") == 4  # of the label
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "said"),
+    [
+        (Fault(body='{"code": 19021, "msg": "sign match fail"}'), Refused, "check swanlab_lark_secret"),
+        (Fault(body='{"code": 19024, "msg": "Key Words Not Found"}'), Refused, "add 'SwanLab' to its keywords"),
+        (Fault(body='{"code": 19001, "msg": "invalid"}'), Refused, "copy the URL from the bot's settings again"),
+        (Fault(body='{"code": 19022, "msg": "Ip Not Allowed"}'), Refused, "not among those that the bot allows"),
+        (Fault(body='{"code": 4242, "msg": "something new"}'), Refused, "code 4242, something new"),
+        (Fault(body="<html>"), Refused, "is not that of a Lark bot"),
+        (Fault(body="[1]"), Refused, "is not that of a Lark bot"),
+        (Fault(404, "not found"), Refused, r"\(HTTP 404\) is not that of a Lark bot"),
+        (Fault(body='{"code": 11232, "msg": "frequency limited"}'), Unavailable, "frequency limited"),
+        (Fault(body='{"code": 9499, "msg": "too many request"}'), Unavailable, "too many"),
+        (Fault(429, retry_after="7"), Unavailable, "HTTP 429"),
+        (Fault(503), Unavailable, "HTTP 503"),
+    ],
+    ids=lambda value: f"{value.status} {value.body[:16]}" if isinstance(value, Fault) else "",
+)
+def test_answers_are_understood(group: LarkGroup, answer: Fault, kind: type[Exception], said: str) -> None:
+    group.faults.append(answer)
+    with pytest.raises(kind, match=said) as caught:
+        LarkBot(group.url, SECRET).send(card(message()))
+    assert TOKEN not in str(caught.value)
+    if isinstance(caught.value, Unavailable):
+        assert caught.value.wait == (7.0 if answer.retry_after else 0.0)
+
+
+def test_success_of_the_older_kind(group: LarkGroup) -> None:
+    group.faults.append(Fault(body='{"StatusCode": 0, "StatusMessage": "success"}'))
+    LarkBot(group.url, SECRET).send(card(message()))
+
+
+def test_a_wrong_proxy_is_no_crash(group: LarkGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks://user:s3cret@127.0.0.1:1")
+    with pytest.raises(Refused, match="check the proxy and certificate variables") as caught:
+        LarkBot(group.url, SECRET).send(card(message()))
+    assert "s3cret" not in str(caught.value)
+
+
+def test_nobody_there_and_too_slow(group: LarkGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lark_module, "TIMEOUT_S", 0.1)
+    group.faults.append(Fault(delay=2.0))
+    with pytest.raises(Unavailable, match=r"^ReadTimeout$"):
+        LarkBot(group.url, SECRET).send(card(message()))
+    group.stop()
+    with pytest.raises(Unavailable, match=r"^ConnectError$"):
+        LarkBot(group.url, SECRET).send(card(message()))
+
+
+class Posted:
+    """A mailbox, with what it said."""
+
+    def __init__(self, group: LarkGroup, secret: str | None = SECRET) -> None:
+        self.notices: list[str] = []
+        self.sent: list[str] = []
+        self.mailbox = Mailbox(LarkBot(group.url, secret), self.notices.append, self.sent.append)
+
+
+@pytest.fixture
+def posted(group: LarkGroup, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Posted]:
+    monkeypatch.setattr(mailbox_module, "RETRY_S", (0.01, 0.05))
+    return lambda secret=SECRET: Posted(group, secret)
+
+
+class Clock:
+    """Time that passes only where somebody sleeps."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_the_bot_s_pace_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more than 5 in a second or 100 in a minute, and no slower than that."""
+    clock = Clock()
+    times: list[float] = []
+
+    class Timed:
+        def send(self, card: dict[str, Any]) -> None:
+            times.append(clock.now)
+
+    monkeypatch.setattr(mailbox_module, "time", clock)
+    monkeypatch.setattr(mailbox_module, "CAPACITY", 1000)
+    mailbox = Mailbox(Timed(), print, lambda key: None)
+    for number in range(250):
+        mailbox.post(message(f"k{number}"))
+    assert mailbox.close(60) == 0
+    assert len(times) == 250
+    for count, seconds in ((5, 1.0), (100, 60.0)):
+        assert all(later - earlier >= seconds for earlier, later in zip(times, times[count:], strict=False))
+    assert times[-1] < 140
+
+
+def test_an_outage_is_said_once_and_everything_arrives(group: LarkGroup, posted: Callable[..., Posted]) -> None:
+    group.stop()
+    ours = posted()
+    ours.mailbox.post(message("a"))
+    wait_until(lambda: bool(ours.notices))
+    ours.mailbox.post(message("b"))
+    group.faults += [Fault(500, count=2), Fault(429), Fault(body='{"code": 11232, "msg": "frequency limited"}')]
+    group.start()
+    wait_until(lambda: len(ours.sent) == 2)
+    assert ours.sent == ["a", "b"]
+    assert ours.notices == ["Lark does not take notifications at present (ConnectError); they wait."]
+
+
+def test_a_dead_webhook_is_one_warning_and_the_end_does_not_wait_for_it(
+    group: LarkGroup, posted: Callable[..., Posted]
+) -> None:
+    ours = posted("another secret")
+    for number in range(3):
+        ours.mailbox.post(message(f"k{number}"))
+    assert ours.mailbox.close(60) == 0
+    assert set(ours.notices) == {
+        "Lark refuses a notification: the signature is wrong: check swanlab_lark_secret, and the clock of the "
+        "writer's machine."
+    }
+    assert ours.sent == []
+    group.stop()
+    away = posted()
+    away.mailbox.post(message())
+    assert away.mailbox.close(0.2) == 1
+
+
+def test_what_repeats_while_it_waits_is_one_card(group: LarkGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on = threading.Event()
+
+    class Slow(LarkBot):
+        def send(self, card: dict[str, Any]) -> None:
+            goes_on.wait()
+            super().send(card)
+
+    mailbox = Mailbox(Slow(group.url, SECRET), print, print)
+    mailbox.post(message("first"))
+    for number in range(4):
+        mailbox.post(message("same", code=str(number)))
+    goes_on.set()
+    assert mailbox.close(30) == 0
+    assert [title(card) for card in group.cards] == ["A title", "A title ×4"]
+    assert "\n3" in texts(group.cards[1])
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "open.feishu.cn/open-apis/bot/v2/hook/s3cr3t",
+        "https://open.feishu.cn/s3cr3t",
+        "https://open.feishu.cn/hook/",
+        "x",
+    ],
+)
+def test_a_malformed_webhook_is_refused_with_a_right_one(url: str) -> None:
+    with pytest.raises(
+        SettingsError, match=r"^Invalid swanlab_lark_webhook_url: copy it from .*/bot/v2/hook/xxxx"
+    ) as e:
+        ObserverSettings(project="p", lark_webhook_url=url)
+    assert "s3cr3t" not in str(e.value)
+
+
+@pytest.mark.parametrize("host", ["open.feishu.cn", "open.larksuite.com", "lark.example.com:8443"])
+def test_feishu_lark_and_deployments(host: str) -> None:
+    settings = ObserverSettings(project="p", lark_webhook_url=f"https://{host}/open-apis/bot/v2/hook/12ab-cd")
+    assert settings.lark_webhook_url is not None
+
+
+def doctor(**env: str) -> Any:
+    return CliRunner().invoke(main, ["doctor", "--lark"], env=env)
+
+
+def test_doctor_sends_a_test_message(group: LarkGroup, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        done = doctor(**group.environment())
+    assert done.exit_code == 0, done.output
+    assert "Lark: the test message has arrived\n" in done.output
+    assert title(group.cards[0]) == "Notifications arrive"
+    for leaked in (TOKEN, SECRET):
+        assert leaked not in done.output + caplog.text + json.dumps(group.cards)
+
+
+def test_doctor_says_what_is_wrong(group: LarkGroup) -> None:
+    refused = doctor(**group.environment() | {"SWANLAB_LARK_SECRET": "other"})
+    assert refused.exit_code == 1
+    assert "Lark refuses the message: the signature is wrong: check swanlab_lark_secret" in refused.output
+    missing = doctor()
+    assert missing.exit_code == 1
+    assert "set SWANLAB_LARK_WEBHOOK_URL" in missing.output
+    malformed = doctor(SWANLAB_LARK_WEBHOOK_URL="https://example.com")
+    assert malformed.exit_code == 1
+    assert "Invalid swanlab_lark_webhook_url" in malformed.output
+    group.stop()
+    away = doctor(**group.environment())
+    assert away.exit_code == 1
+    assert "Lark cannot be reached: ConnectError." in away.output

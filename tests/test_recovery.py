@@ -1,0 +1,417 @@
+"""What a writer makes of the journal it finds, and a rank of a writer that was restarted: each a mishap that once cost
+data or told an untruth."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from swanlab_ray.actors import journal as journal_module
+from swanlab_ray.actors import writer as writer_module
+from swanlab_ray.actors.history import Damaged, Numbers, entries
+from swanlab_ray.actors.journal import Disk, journal_files
+from swanlab_ray.actors.protocol import SCALARS, USER, Counted, Goodbye, encode_batch
+from swanlab_ray.actors.records import Arrived, Batch, Ended, Finished, Tick
+from swanlab_ray.actors.reduction import Reduction
+from swanlab_ray.actors.tables import Table
+from swanlab_ray.observer import archive
+from swanlab_ray.observer import channel as channel_module
+from swanlab_ray.observer.cli import main
+from swanlab_ray.observer.link import LinkBroken, RunOver
+from swanlab_ray.observer.spool import Spool
+from swanlab_ray.observer.values import encode
+from tests.conftest import wait_until
+from tests.incarnations import Cluster, Link, MortalDisk, logged_in, mortal, rank, settings_for
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def _mortal(monkeypatch: pytest.MonkeyPatch) -> None:
+    mortal(monkeypatch)
+    monkeypatch.setattr(channel_module, "RETRY_S", (0.01, 0.05))
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.01)
+
+
+def steps_of(cluster: Cluster) -> list[int]:
+    return [step for _, step, _ in logged_in(cluster.files)]
+
+
+def test_a_spool_is_sent_after_a_reconnection_with_nothing_else_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "UNSENT_BYTES", 1_000)
+    monkeypatch.setattr(channel_module, "EVENTS_PER_BATCH", 10)
+    cluster = Cluster(settings_for(tmp_path))
+    link = Link(cluster)
+    link.cut = True  # from the very beginning
+    observer = rank(cluster, link)
+    for step in range(500):
+        observer.log({"x": step}, step)
+    wait_until(lambda: observer.statistics().spooled > 300)
+    link.cut = False
+    assert observer.finish()
+    assert steps_of(cluster) == list(range(500))
+
+
+def test_a_writer_that_is_restarted_while_the_disk_refuses_reads_the_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(settings_for(tmp_path))
+    observer = rank(cluster, Link(cluster))
+    for step in range(5):
+        observer.log({"x": step}, step)
+    assert observer.flush()
+    cluster.kill()
+    real = Disk.create
+
+    def refuses(self: Disk, path: Path) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(MortalDisk, "create", refuses)
+    writer = cluster.find()
+    monkeypatch.setattr(MortalDisk, "create", real)
+    observer.log({"x": 5}, 5)
+    assert observer.finish()
+    rows: Any = writer._reducer.sink.rows if writer._reducer else []  # type: ignore[attr-defined]
+    assert [step for step, _ in rows] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_spool_on_a_disk_that_fails_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the failed write left behind does not make what follows unreadable."""
+
+    class FullOnce(Disk):
+        calls = 0
+
+        def write(self, descriptor: int, data: memoryview, offset: int) -> int:
+            self.calls += 1
+            if self.calls == 3:
+                super().write(descriptor, data[: len(data) // 2], offset)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(descriptor, data, offset)
+
+    spool = Spool(settings_for(tmp_path), "r", 0, "life", FullOnce())
+    spool.put(0, 1, b"zero" * 50)
+    with pytest.raises(OSError, match="No space"):
+        spool.put(1, 1, b"one" * 50)
+    spool.put(1, 1, b"again" * 50)
+    spool.put(2, 1, b"two" * 50)
+    assert [spool.read() for _ in range(3)] == [(0, 1, b"zero" * 50), (1, 1, b"again" * 50), (2, 1, b"two" * 50)]
+
+
+def test_a_spool_that_cannot_be_read_back_is_counted_and_holds_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "UNSENT_BYTES", 1_000)
+    monkeypatch.setattr(channel_module, "EVENTS_PER_BATCH", 10)
+    cluster = Cluster(settings_for(tmp_path))
+    link = Link(cluster)
+    link.cut = True
+    observer = rank(cluster, link)
+    for step in range(500):
+        observer.log({"x": step}, step)
+    wait_until(lambda: observer.statistics().spooled > 300)
+    (path,) = tmp_path.rglob("spool-*.log")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    link.cut = False
+    assert not observer.finish()
+    statistics = observer.statistics()
+    assert statistics.dropped == {channel_module.UNREADABLE: 10}
+    assert statistics.acknowledged == len(steps_of(cluster)) == 490
+    (account,) = archive.load_run(cluster.files).accounts
+    assert (account.logged, account.written, account.dropped) == (500, 490, statistics.dropped)
+
+
+class LosesFarewell(Link):
+    """The goodbye arrives, its answer does not, and the run is over when the rank asks again."""
+
+    def open(self, hello: Any) -> Any:
+        try:
+            return super().open(hello)
+        except LinkBroken as error:
+            raise (RunOver if "RunEnded" in str(error) else LinkBroken)(str(error)) from error
+
+    def goodbye(self, goodbye: Goodbye, wait: float) -> Any:
+        super().goodbye(goodbye, wait)
+        writer = self.cluster.find()
+        if writer._end is not None:
+            wait_until(lambda: writer.status().closed)
+            self.cluster.kill()
+        raise LinkBroken("the answer is lost")
+
+
+def test_a_lost_answer_to_a_goodbye_does_not_change_the_end(tmp_path: Path) -> None:
+    cluster = Cluster(settings_for(tmp_path))
+    observers = [rank(cluster, LosesFarewell(cluster) if number else Link(cluster), number, 2) for number in range(2)]
+    for observer in observers:
+        observer.log({"x": 1}, 1)
+        assert observer.flush()
+    assert observers[0].finish()
+    assert observers[1].finish(timeout=30)
+    wait_until(lambda: archive.load_run(cluster.files).state == "success")
+
+
+def test_a_text_that_is_no_unicode_ends_up_readable(tmp_path: Path) -> None:
+    cluster = Cluster(settings_for(tmp_path))
+    observer = rank(cluster, Link(cluster))
+    observer.log({"x": 1}, 1)
+    name = os.fsdecode(b"bad\xff.txt")
+    assert observer.finish("crashed", f"cannot read {name}")
+    run = archive.load_run(cluster.files)
+    assert run.summary.finished is not None
+    assert "cannot read bad?.txt" in (run.summary.finished.error or "")
+
+
+class SameHandle(Link):
+    """As under Ray: a call reaches whichever incarnation lives now, without notice of a restart."""
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        self._writer = self.cluster.find()
+        return super()._call(method, *arguments)
+
+
+def test_a_restart_that_no_call_has_noticed(tmp_path: Path) -> None:
+    cluster = Cluster(settings_for(tmp_path))
+    observer = rank(cluster, SameHandle(cluster))
+    for step in range(300):
+        observer.log({"x": step}, step)
+        if step % 50 == 25:
+            assert observer.flush()
+            observer.log({"y": step}, step)
+            cluster.kill()
+    assert observer.finish()
+    assert sorted(set(steps_of(cluster))) == list(range(300))
+    (account,) = archive.load_run(cluster.files).accounts
+    assert account.logged == account.written == 306
+
+
+def test_a_history_that_cannot_be_read_does_not_keep_the_writer_from_working(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(settings_for(tmp_path))
+    observer = rank(cluster, Link(cluster))
+    observer.log({"x": 0}, 0)
+    assert observer.flush()
+    cluster.kill()
+
+    def fails(*arguments: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(writer_module, "summarise", fails)
+    writer = cluster.find()
+    observer.log({"x": 1}, 1)
+    assert observer.finish()
+    assert any("cannot be read" in notice for notice in writer.status().notices)
+    assert steps_of(cluster) == [0, 1]
+
+
+def test_a_file_that_could_not_be_made_durable_does_not_fence_its_maker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failures = os.fsync, [OSError(errno.EIO, "Input/output error")]
+
+    def fails_once(descriptor: int) -> None:
+        if failures:
+            raise failures.pop()
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails_once)
+    cluster = Cluster(settings_for(tmp_path))
+    observer = rank(cluster, Link(cluster))
+    observer.log({"x": 0}, 0)
+    assert observer.finish()
+    assert list(journal_files(tmp_path / "observer" / "r")) == [1]
+
+
+@pytest.mark.parametrize("harm", ["header", "tail", "file"])
+def test_verify_finds_what_is_gone(tmp_path: Path, harm: str) -> None:
+    """A damaged header, a cut tail of a run that had ended, a file that is missing: none passes for whole."""
+    cluster = Cluster(settings_for(tmp_path))
+    observer = rank(cluster, Link(cluster))
+    for step in range(5):
+        observer.log({"x": step}, step)
+        assert observer.flush()
+    cluster.kill()
+    observer.log({"x": 5}, 5)
+    assert observer.finish()
+    files = list(journal_files(tmp_path / "observer" / "r").values())
+    assert CliRunner().invoke(main, ["verify", str(tmp_path)]).exit_code == 0
+    if harm == "header":
+        content = bytearray(files[0].read_bytes())
+        content[20] ^= 1
+        files[0].write_bytes(content)
+    elif harm == "tail":
+        files[0].write_bytes(files[0].read_bytes()[:-200])
+    else:
+        files[0].unlink()
+    checked = CliRunner().invoke(main, ["verify", str(tmp_path)])
+    assert checked.exit_code == 1, checked.output
+    assert "DAMAGED" in checked.output or "MISSING" in checked.output
+
+
+def test_damage_in_the_middle_is_named_with_its_rank_and_steps(tmp_path: Path) -> None:
+    cluster = Cluster(settings_for(tmp_path))
+    observers = [rank(cluster, Link(cluster), number, 2) for number in range(2)]
+    for step in range(10):
+        for observer in observers:
+            observer.log({"x": step}, step)
+            assert observer.flush()
+    for observer in observers:
+        assert observer.finish()
+    (path,) = cluster.files.journals
+    content = bytearray(path.read_bytes())
+    at = content.index(encode((SCALARS, 4, 0, USER, {}))[:3], content.index(b'"rank":1'))  # rank 0's or 1's step 4
+    content[at + 5] ^= 1
+    path.write_bytes(content)
+    checked = CliRunner().invoke(main, ["verify", str(tmp_path)])
+    assert checked.exit_code == 1
+    assert "are MISSING, between steps 3 and 5" in checked.output
+
+
+def test_a_pause_of_the_writer_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On waking it has heard nobody for a while, which says nothing about the ranks."""
+    cluster = Cluster(settings_for(tmp_path, rank_timeout=5.0))
+    observer = rank(cluster, Link(cluster))
+    observer.log({"x": 0}, 0)
+    assert observer.flush()
+    writer = cluster.find()
+    real, pause = time.monotonic, [0.0]
+    monkeypatch.setattr("swanlab_ray.actors.writer.time.monotonic", lambda: real() + pause[0])
+    pause[0] = 3600.0
+    observer.log({"x": 1}, 1)
+    assert observer.flush(20)
+    assert writer.status().state == "running"
+    assert observer.finish()
+    assert archive.load_run(cluster.files).state == "success"
+
+
+class Rows:
+    """A reduction and what comes out of it."""
+
+    def __init__(self) -> None:
+        self.means: dict[int, list[float]] = {}
+        self.reduction = Reduction(self, settings_for(Path()))
+        self.seq: dict[str, int] = {}
+
+    def config(self, values: dict[str, Any]) -> None: ...
+
+    def write(self, step: int, time_ns: int, values: dict[str, float], table: Table | None = None) -> None:
+        if "ranks/x/mean" in values:
+            self.means.setdefault(step, []).append(values["ranks/x/mean"])
+
+    def arrive(self, number: int, life: str) -> None:
+        self.reduction.take(
+            Arrived(rank=number, world_size=2, life=life, local_rank=0, host="h", pid=1, pid_namespace="n")
+        )
+
+    def log(self, number: int, life: str, step: int, value: float) -> None:
+        seq = self.seq[life] = self.seq.get(life, -1) + 1
+        data = encode_batch([encode((SCALARS, step, 0, USER, {"x": value}))])
+        self.reduction.take(Batch(number, life, seq, step * 10**9, 1, data))
+
+
+def test_ranks_that_come_back_after_the_end_are_reduced_together() -> None:
+    rows = Rows()
+    for number in range(2):
+        rows.arrive(number, f"a{number}")
+        rows.log(number, f"a{number}", 0, 1.0)
+    for number in range(2):
+        rows.reduction.take(Ended(rank=number, life=f"a{number}", state="lost", ended_ns=0))
+    rows.reduction.take(Finished(state="crashed"))
+    for number in range(2):
+        rows.arrive(number, f"a{number}")
+    for number in range(2):
+        rows.log(number, f"a{number}", 1, 1.0 + 10 * number)
+    assert rows.means == {0: [1.0], 1: [6.0]}
+
+
+def test_a_rank_that_is_restarted_waits_for_the_others() -> None:
+    """The old life of rank 1 still counts as running when rank 0 is back."""
+    rows = Rows()
+    for number in range(2):
+        rows.arrive(number, f"a{number}")
+    for step in range(5):
+        for number in range(2):
+            rows.log(number, f"a{number}", step, float(step))
+    rows.arrive(0, "b0")
+    for step in (3, 4):
+        rows.log(0, "b0", step, 10.0)
+    rows.arrive(1, "b1")
+    for step in (3, 4):
+        rows.log(1, "b1", step, 20.0)
+    rows.reduction.take(Tick(time_ns=10**18))
+    assert rows.means[3] == [3.0, 15.0]
+    assert rows.means[4] == [4.0, 15.0]
+
+
+def test_a_run_of_which_only_spools_are_left_has_its_true_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cluster was ever there; the training went well all the same."""
+    monkeypatch.setattr(channel_module, "UNREACHABLE_S", 0.1)
+    cluster = Cluster(settings_for(tmp_path))
+    link = Link(cluster)
+    link.cut = True
+    observer = rank(cluster, link)
+    for step in range(5):
+        observer.log({"x": step}, step)
+    assert not observer.finish()
+    run = archive.load_run(cluster.files)
+    assert run.state == "success"
+    (account,) = run.accounts
+    assert (account.logged, account.written, account.spooled, account.state) == (5, 0, 5, "success")
+
+
+def test_damage_is_not_blamed_on_the_rank(tmp_path: Path) -> None:
+    """A rank that was killed without a goodbye: what the files had and have no more is missing, not killed."""
+    cluster = Cluster(settings_for(tmp_path))
+    observer = rank(cluster, Link(cluster))
+    for step in range(9):
+        observer.log({"x": step}, step)
+        assert observer.flush()
+    (path,) = cluster.files.journals
+    content = bytearray(path.read_bytes())
+    ends = [found[0] for found in entries(path) if not isinstance(found, Damaged) and isinstance(found[1], Batch)]
+    content[ends[4] - 1] ^= 1
+    path.write_bytes(content)
+    (account,) = archive.load_run(cluster.files).accounts
+    assert account.dropped == {}
+    assert account.missing >= 1
+    assert account.logged >= 9
+    observer.finish()
+
+
+def test_numbers() -> None:
+    numbers = Numbers()
+    assert [numbers.add(n) for n in (0, 1, 5, 5, 3, 4, 0, 2, 9)] == [1, 1, 1, 0, 1, 1, 0, 1, 1]
+    assert numbers.missing() == [(6, 8)]
+    assert numbers.next == 10
+
+
+def test_a_goodbye_counts_what_was_dropped(tmp_path: Path) -> None:
+    cluster = Cluster(settings_for(tmp_path))
+    writer = cluster.find()
+    observer = rank(cluster, Link(cluster))
+    observer.log({"x": 0}, 0)
+    assert observer.flush()
+    writer.goodbye(
+        Goodbye(
+            rank=0,
+            life=observer._life,
+            state="success",
+            error=None,
+            time_ns=1,
+            counted=Counted(11, 3, {"a reason": 7}),
+        )
+    )
+    wait_until(lambda: writer.status().closed)
+    (account,) = archive.load_run(cluster.files).accounts
+    assert (account.logged, account.written, account.spooled, account.dropped) == (11, 1, 3, {"a reason": 7})
+    assert account.missing == 0
+    observer.finish(timeout=0.1)
