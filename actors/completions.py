@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -135,22 +136,24 @@ class CompletionBuffer:
         self._now = now
         if not self._count or self._due is None:
             return
-        steps = {row.step for rows in self._waiting.values() for row in rows}
         patience = JOIN_PATIENCE_S if self._missing_ranks else PATIENCE_S
         late = self._since > 0 and now - self._since > patience
         far = -1 if self._missing_ranks else min((self._passed.get(rank, -1) for rank in self._ranks), default=-1)
-        ready = sorted(step for step in steps if step >= self._due and (late or step <= far))
-        while ready:  # one table for each interval, also where several have become due at once
-            until = max(step for step in ready if step < ready[0] + self._interval)
-            ready = [step for step in ready if step > until]
-            self._flush(until)
+        self._flush_due(sys.maxsize if late else far)
 
     def flush(self) -> None:
         """Emit what waits: there will be no more."""
+        self._flush_due(sys.maxsize)
         if self._count:
             self._flush(max(rows[-1].step for rows in self._waiting.values() if rows))
         self._due, self._since = None, 0.0
         self._passed.clear()
+
+    def _flush_due(self, until: int) -> None:
+        """Emit what is due up to a step: the same tables whether it came step by step or all at once."""
+        for step in sorted({row.step for rows in self._waiting.values() for row in rows}):
+            if self._due is not None and self._due <= step <= until:
+                self._flush(step)
 
     def _flush(self, until: int) -> None:
         table: list[CompletionRow] = []

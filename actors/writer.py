@@ -144,6 +144,7 @@ class Writer:
         self._health = Health(settings.hang_timeout, self._process_state)
         self._restarts = 0
         self._restarted: set[int] = set()  # ranks that were started again since that was told
+        self._awaited: set[int] = set()  # ranks that had failed then, and were not started again yet
         self._reducer: Reducer | None = None  # opened with the first rank
         self._directory = run_directory(settings.log_dir, run_id)
         self._run_dirs: list[str] = []
@@ -361,6 +362,7 @@ class Writer:
             return self._ack(known)
 
     def _arrive(self, hello: Hello, earlier: Member | None) -> Member:
+        self._awaited.discard(hello.rank)
         rank = Member(hello, time.monotonic(), self._views.restart_rank(hello.rank, hello.life))
         rank.earlier = self._past.get(hello.rank, (0, Counts()))
         restarted = False
@@ -415,6 +417,7 @@ class Writer:
         self._restarted = {number}
         self._restarts += 1
         failed = {n: r for n, r in self._ranks.items() if r.state not in ("running", "success")}
+        self._awaited = failed.keys() - {number}
         cause = verdict(failed, 0)[1] if failed else "its ranks had ended without a word"
         times = f" ({self._restarts} times)" if self._restarts > 1 else ""
         self._notice(f"{RESTARTED} after {(cause or '').splitlines()[0]}{times}")
@@ -665,9 +668,9 @@ class Writer:
         now = time.monotonic()
         if any(rank.state == "running" for rank in self._ranks.values()):
             return
-        absent = self._world_size - len(self._ranks)
-        if not self._ranks or absent > 0:
-            failed = any(rank.state != "success" for rank in self._ranks.values())
+        present = self._ranks.keys() - self._awaited
+        if not self._ranks or len(present) < self._world_size:
+            failed = any(self._ranks[number].state != "success" for number in present)
             patience = min(self._settings.rank_timeout, FAILED_RANK_GRACE_S) if failed else self._settings.rank_timeout
             last = max((rank.heard for rank in self._ranks.values()), default=self._born)
             if now - last < patience:

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,12 +157,22 @@ class Job:
     process: subprocess.Popen[str] | ForkedProcess
     output_file: Path
 
-    def wait(self, timeout: float = 1000) -> Finished:
-        code = self.process.wait(timeout)
-        return Finished(code, self.output_file.read_text())
+    def wait(self, timeout: float = 600) -> Finished:
+        try:
+            return Finished(self.process.wait(timeout), self.output())
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"It has not ended within {timeout} s:\n{self.output()}")
 
     def output(self) -> str:
         return self.output_file.read_text()
+
+    def kill(self) -> None:
+        """With the processes it has started."""
+        if self.process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(60)
 
 
 Launch = Callable[..., Job]
@@ -199,20 +211,19 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 
     yield start
     for job in jobs:
-        if job.process.poll() is None:
-            job.process.kill()
-            job.process.wait()
+        job.kill()
 
 
-def run_forked(source: str, directory: Path, ranks: int, timeout: float = 1000, **env: str) -> Finished:
-    """Run a script under torchrun on ranks that have torch and Trainers imported already."""
+def run_forked(source: str, directory: Path, ranks: int, **env: str) -> Finished:
+    """Run a script on ranks that have torch and Trainers imported already."""
     script, output = directory / "script.py", directory / "output.txt"
     script.write_text(textwrap.dedent(source))
-    process = forked.torchrun_with_forks(ranks, script, job_environment(env), output)
+    output.touch()
+    job = Job(forked.forked_ranks(ranks, script, job_environment(env), output), output)
     try:
-        return Finished(process.wait(timeout), output.read_text())
+        return job.wait()
     finally:
-        process.kill()
+        job.kill()
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 150, what: str = "condition") -> None:

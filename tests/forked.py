@@ -7,12 +7,14 @@ too, and how its process begins and ends is not what is tested, it is a fork as 
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
 import runpy
-import signal
+import socket
+import subprocess
 import sys
-from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
@@ -35,16 +37,12 @@ class ForkedProcess:
     def wait(self, timeout: float = 60) -> int:
         """The exit code, once it has ended."""
         self._process.join(timeout)
-        assert self._process.exitcode is not None, f"not ended within {timeout} s"
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("forked", timeout)
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        """With the ranks it has started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
 
 
 def torchrun(options: tuple[str, ...], script: Path, env: dict[str, str], output: Path) -> ForkedProcess:
@@ -52,9 +50,9 @@ def torchrun(options: tuple[str, ...], script: Path, env: dict[str, str], output
     return ForkedProcess(_torchrun, options, script, env, output)
 
 
-def torchrun_with_forks(ranks: int, script: Path, env: dict[str, str], output: Path) -> ForkedProcess:
-    """``torchrun --standalone --nproc_per_node=RANKS SCRIPT``, whose ranks are forks."""
-    return ForkedProcess(_torchrun_with_forks, ranks, script, env, output)
+def forked_ranks(ranks: int, script: Path, env: dict[str, str], output: Path) -> ForkedProcess:
+    """As ``torchrun --standalone --nproc_per_node=RANKS SCRIPT``, but ranks are forks."""
+    return ForkedProcess(_begin_ranks, ranks, script, env, output)
 
 
 def in_process_of_its_own(ranks: int, script: Path) -> list[str]:
@@ -79,29 +77,44 @@ def _torchrun(options: tuple[str, ...], script: Path, env: dict[str, str], outpu
     main([*options, str(script)])
 
 
-def _torchrun_with_forks(ranks: int, script: Path, env: dict[str, str], output: Path) -> None:
+def _begin_ranks(ranks: int, script: Path, env: dict[str, str], output: Path) -> None:
     _begin(script, env, output)
     _fork_ranks(ranks, script)
 
 
 def _fork_ranks(ranks: int, script: Path) -> None:
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=script.parent.name,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        start_method="fork",
+    """Done by hand: of torchrun's agent, which has threads, a fork could inherit a lock that nobody opens."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    os.environ.update(
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
     )
-    elastic_launch(config, _rank)(script)
+    started = [multiprocessing.get_context("fork").Process(target=_rank, args=(rank, script)) for rank in range(ranks)]
+    for process in started:
+        process.start()
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    running = {process.sentinel: process for process in started}
+    while running:
+        for sentinel in wait(list(running)):
+            ended = running.pop(sentinel)  # type: ignore[arg-type]
+            ended.join()
+            if ended.exitcode:
+                for other in running.values():
+                    other.kill()
+                sys.exit(1)
+    del store
 
 
-def _rank(script: Path) -> None:
+def _rank(rank: int, script: Path) -> None:
     """What the interpreter does with a script, from its begin to its end."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    faulthandler.dump_traceback_later(400)  # where it stands, for whoever waits
     sys.argv = [str(script)]
     sys.path.insert(0, str(script.parent))
     code = 0

@@ -114,13 +114,17 @@ def test_tables_come_every_interval_and_at_the_end() -> None:
     assert made.buffer.taken == 25
 
 
-def test_tables_that_become_due_at_once_stay_apart() -> None:
+@pytest.mark.parametrize("ended", [False, True])
+def test_tables_that_become_due_at_once_stay_apart(ended: bool) -> None:
     made = Buffer(100, interval=10)
     for step in (1, 11, 21, 22):
         made.add(0, step)
-    made.buffer.passed(0, 22)
-    made.buffer.tick(1.0)
-    assert made.steps() == [[(1, 0)], [(11, 0)], [(21, 0), (22, 0)]]
+    if not ended:
+        made.buffer.passed(0, 22)
+        made.buffer.tick(1.0)
+        assert made.steps() == [[(1, 0)], [(11, 0)], [(21, 0)]]
+    made.buffer.flush()
+    assert made.steps() == [[(1, 0)], [(11, 0)], [(21, 0)], [(22, 0)]]
 
 
 def test_a_silent_rank_does_not_hold_a_table_up() -> None:

@@ -46,7 +46,9 @@ class Run:
         self.seq = [0] * 16
         self.writer = Writer(f"run{next(_runs)}", ObserverSettings(**values))
 
-    def hello(self, rank: int, life: str = "a", next_seq: int = 0, pid: int = 0, world_size: int = 0) -> Any:
+    def hello(
+        self, rank: int, life: str = "a", next_seq: int = 0, pid: int = 0, world_size: int = 0, restarts: int = 0
+    ) -> Any:
         return self.writer.hello(
             Hello(
                 rank=rank,
@@ -58,6 +60,7 @@ class Run:
                 gpu=None,
                 life=life,
                 next_seq=next_seq,
+                restarts=restarts,
             )
         )
 
@@ -73,9 +76,11 @@ class Run:
     def log(self, rank: int, step: int, life: str = "a", **values: Any) -> Any:
         return self.send(rank, (SCALARS, step, time.time_ns(), USER, values), life=life)
 
-    def goodbye(self, rank: int, state: State = "success", error: str | None = None, time_ns: int = 0) -> Farewell:
+    def goodbye(
+        self, rank: int, state: State = "success", error: str | None = None, time_ns: int = 0, life: str = "a"
+    ) -> Farewell:
         farewell: Farewell = self.writer.goodbye(
-            Goodbye(rank=rank, life="a", state=state, error=error, time_ns=time_ns, counted=Counted(0, 0, {}))
+            Goodbye(rank=rank, life=life, state=state, error=error, time_ns=time_ns, counted=Counted(0, 0, {}))
         )
         return farewell
 
@@ -111,6 +116,20 @@ def test_the_first_failure_is_the_cause(tmp_path: Path) -> None:
     assert ended.state == "crashed"
     assert ended.error.startswith("rank 1 (host1, pid")
     assert ended.error.endswith("ValueError: boom")
+
+
+def test_a_rank_that_is_done_before_its_peer_is_started_again(tmp_path: Path) -> None:
+    """The launcher starts both again after a failure; until rank 1 is there, its failure is not the end."""
+    run = Run(tmp_path, 2, rank_timeout=60.0)
+    for rank in (0, 1):
+        run.hello(rank, restarts=1)
+    run.goodbye(1, "crashed", "ValueError: boom", time_ns=10)
+    run.goodbye(0, "aborted", "SIGTERM", time_ns=20)
+    run.hello(0, life="b", restarts=1)
+    assert not run.goodbye(0, life="b").last
+    run.hello(1, life="b", restarts=1)
+    assert run.goodbye(1, life="b").last
+    assert run.ended().state == "finished"
 
 
 def test_a_silent_rank_is_lost(tmp_path: Path) -> None:
