@@ -268,7 +268,7 @@ def _namer(func: Callable[..., Any]) -> Callable[[tuple[Any, ...]], str]:
 def _step_of(trainer: Any, log: SpanLog) -> int:
     """The trainer's step; where there is none, the one after what was logged last."""
     try:
-        step = trainer.state.global_step
+        step = getattr(getattr(trainer, "state", None), "global_step", None)
     except Exception:  # this may be any object
         step = None
     return int(step) if isinstance(step, Integral) and 0 <= int(step) < 1 << 63 else log.step_now()

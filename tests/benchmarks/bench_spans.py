@@ -31,6 +31,19 @@ class Worker:
     def work(self) -> None: ...
 
 
+class Empty:
+    """The least that a context manager in Python does."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
 def calls(directory: Path) -> None:
     """Microseconds a call, without those of the loop."""
     from swanlab_ray.observer import connect, spans
@@ -39,6 +52,7 @@ def calls(directory: Path) -> None:
     DEFAULT_PROFILING_CONFIG.min_duration_ms = 0.0  # else nothing this short is logged
     observer = connect(project="bench", mode="offline", log_dir=directory / "ours")
     assert observer.wait_ready(120)
+    observer.step = 1  # as the callbacks do
     log = spans.active
 
     class Profiled:
@@ -47,10 +61,17 @@ def calls(directory: Path) -> None:
 
     worker, profiled, seed = Worker(), Profiled(), synchronous(directory)
 
+    def nothing() -> None:
+        worker.work()
+
     def bare() -> None:
         begin = perf_counter()
         worker.work()
         _ = perf_counter() - begin
+
+    def empty() -> None:
+        with Empty("work"):
+            worker.work()
 
     def span() -> None:
         with observer.span("work"):
@@ -66,6 +87,7 @@ def calls(directory: Path) -> None:
 
     candidates: dict[str, tuple[Callable[[], None], bool]] = {
         "bare perf_counter pair": (bare, True),
+        "empty context manager": (empty, True),
         "@swanlab_profile": (profiled.work, True),
         "span": (span, True),
         "swanlab_profiling_context": (context, True),
@@ -80,8 +102,11 @@ def calls(directory: Path) -> None:
             times[name].append(block(call))
         time.sleep(DRAIN_S)
     spans.active = log
-    loop = statistics.median(block(worker.work) for _ in range(ROUNDS))
-    medians = {name: statistics.median(found) - loop for name, found in times.items()}
+    # A decorated method takes the place of the method itself; the others have a frame around it here.
+    direct, within = (statistics.median(block(call) for _ in range(ROUNDS)) for call in (worker.work, nothing))
+    medians = {
+        name: statistics.median(found) - (direct if name.startswith("@") else within) for name, found in times.items()
+    }
     for name, median in medians.items():
         print(f"{name:32} {median:7.2f} us, {median / medians['bare perf_counter pair']:6.1f} x bare")
     ratio = medians["swanlab.log for each call"] / medians["@swanlab_profile"]
@@ -151,16 +176,24 @@ def step_of_spans() -> None:
         _ = perf_counter() - start
         return perf_counter() - left + entered - begin
 
-    took: dict[Callable[[], float], list[float]] = {spans: [], bare: []}
+    def empty() -> float:
+        begin = perf_counter()
+        with Empty("work"):
+            entered = perf_counter()
+            work()
+            left = perf_counter()
+        return perf_counter() - left + entered - begin
+
+    took: dict[Callable[[], float], list[float]] = {spans: [], empty: [], bare: []}
     for step in range(60):
         observer.step = step
         for measured, times in took.items():
             times += [measured() for _ in range(SPANS_PER_STEP)]
     # Of the median, since this process is put aside now and then for longer than a span takes.
-    median, floor = (SPANS_PER_STEP * statistics.median(times) for times in (took[spans], took[bare]))
+    median, least, floor = (SPANS_PER_STEP * statistics.median(took[kind]) for kind in (spans, empty, bare))
     print(
         f"{SPANS_PER_STEP} spans in a step of 50 ms: {median * 1e6:.0f} us, {median / STEP_S:.3%} of it; "
-        f"as many bare perf_counter pairs {floor * 1e6:.0f} us"
+        f"as many empty context managers {least * 1e6:.0f} us, bare perf_counter pairs {floor * 1e6:.0f} us"
     )
 
 
