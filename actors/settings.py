@@ -47,6 +47,7 @@ class ObserverSettings(BaseSettings):
         frozen=True,
         populate_by_name=True,
         hide_input_in_errors=True,
+        use_attribute_docstrings=True,
         str_strip_whitespace=True,
         # An empty variable says nothing, so `SWANLAB_MODE= python train.py` means the default.
         env_ignore_empty=True,

@@ -6,7 +6,7 @@ import functools
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from transformers import Trainer, TrainerCallback
@@ -50,15 +50,19 @@ class ObserverCallback(TrainerCallback):
 
     Args:
         settings: see :class:`ObserverSettings`; by default read from the environment.
+        config: what rank 0 adds to the run's configuration.
         overrides: fields of the settings, instead of ``settings``.
 
     Raises:
         SettingsError: a setting is wrong.
     """
 
-    def __init__(self, settings: ObserverSettings | None = None, **overrides: Any) -> None:
+    def __init__(
+        self, settings: ObserverSettings | None = None, config: Mapping[str, Any] | None = None, **overrides: Any
+    ) -> None:
         self.settings = settings if settings is not None else ObserverSettings(**overrides)
         self.observer: Observer | None = None
+        self._config = config or {}
         self._said: set[str] = set()
         self._trainers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._trainer: weakref.ref[Any] | None = None
@@ -231,7 +235,7 @@ class ObserverCallback(TrainerCallback):
         if observer.rank == 0 and not self._configured:
             self._configured = True
             trainer = self._trainer() if self._trainer is not None else None
-            observer.config(run_config(args, model, state, getattr(trainer, "accelerator", None)))
+            observer.config({**run_config(args, model, state, trainer), **self._config})
 
     def _find_trainer(self) -> None:
         """Events do not carry the trainer, so it is looked for among the callers: the one that holds this callback."""

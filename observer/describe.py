@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 
-def run_config(args: Any, model: Any, state: Any, accelerator: Any = None) -> dict[str, Any]:
-    """Configuration of a Trainer's run: ``model``, ``training``, ``optimizer``, ``parallelism``, ``deepspeed``.
+def run_config(args: Any, model: Any, state: Any, trainer: Any = None) -> dict[str, Any]:
+    """Configuration of a Trainer's run: ``model``, ``training``, ``optimizer``, ``parallelism``, ``datasets``,
+    ``deepspeed``.
 
     Args:
         args: ``TrainingArguments`` or a subclass.
         model: the model, or None.
         state: ``TrainerState``.
-        accelerator: the trainer's accelerator, which knows the parallelism, or None.
+        trainer: the trainer, whose accelerator knows the parallelism, or None.
     """
     training = args.to_dict()
     config: dict[str, Any] = {
@@ -22,7 +23,8 @@ def run_config(args: Any, model: Any, state: Any, accelerator: Any = None) -> di
         "model": _model(model),
         "training": training,
         "optimizer": {name: training.get(name) for name in _OPTIMIZER if name in training},
-        "parallelism": _parallelism(args, accelerator),
+        "parallelism": _parallelism(args, getattr(trainer, "accelerator", None)),
+        "datasets": _datasets(trainer),
         "max_steps": state.max_steps,
     }
     deepspeed = _deepspeed(args)
@@ -70,6 +72,15 @@ def _parallelism(args: Any, accelerator: Any) -> dict[str, Any]:
         if mesh is not None:  # context, tensor and data parallel sizes
             described.update({name: size for name, size in vars(mesh).items() if name.endswith("_size")})
     return described
+
+
+def _datasets(trainer: Any) -> dict[str, int]:
+    """How many samples each has; one that is streamed does not tell."""
+    found = {"train": getattr(trainer, "train_dataset", None)}
+    evaluated = getattr(trainer, "eval_dataset", None)
+    parts = evaluated if isinstance(evaluated, dict) else {"": evaluated}
+    found |= {f"eval/{name}".rstrip("/"): part for name, part in parts.items()}
+    return {name: len(dataset) for name, dataset in found.items() if hasattr(dataset, "__len__")}
 
 
 def _deepspeed(args: Any) -> dict[str, Any] | None:

@@ -9,10 +9,10 @@ logger = logging.getLogger("swanlab_ray")
 
 
 class _Terminal(logging.Handler):
-    """Prints to stderr as long as the application has not configured logging itself."""
+    """Prints to stderr as long as the application has not configured logging itself, or after :func:`speak_up`."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers:
+        if not logger.propagate or not logging.getLogger().handlers:
             sys.stderr.write(f"swanlab-ray: {record.getMessage()}\n")
 
 
@@ -27,3 +27,9 @@ def warn_once(key: str, sentence: str) -> None:
     if key not in _said and len(_said) < 1000:
         _said.add(key)
         logger.warning(sentence)
+
+
+def speak_up() -> None:
+    """Print everything, where the application's logging would keep what is below a warning to itself."""
+    logger.propagate = False
+    logger.filters.clear()

@@ -173,7 +173,7 @@ def test_deepspeed_file_and_fsdp_are_described(tmp_path: Path) -> None:
         state=SimpleNamespace(fsdp_plugin=SimpleNamespace(reshard_after_forward=True)),
         parallelism_config=SimpleNamespace(cp_size=2, tp_size=1),
     )
-    config = run_config(args, None, SimpleNamespace(max_steps=10), accelerator)
+    config = run_config(args, None, SimpleNamespace(max_steps=10), SimpleNamespace(accelerator=accelerator))
     assert config["deepspeed"] == {"file": str(file), "zero_optimization": {"stage": 2}}
     parallelism = config["parallelism"]
     assert (parallelism["cp_size"], parallelism["world_size"], parallelism["distributed_type"]) == (2, 4, "FSDP")
