@@ -12,6 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Other versions of TRL, which the tests put in front of the installed one; the older ones need an older Transformers.
 OVERLAYS := build/trl/0.19.1 build/trl/1.16.0 build/trl/transformers-4
 OVERLAY = rm -rf $@.part && $(PIP) --no-deps --target $@.part
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --maxschedchunk 1
 
 .PHONY: install demo test lint typecheck bench clean
 
@@ -27,8 +28,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/swanlab-ray demo
 
-test: install lint typecheck $(OVERLAYS)
-	$(BIN)/python -m pytest --numprocesses 2 --maxschedchunk 1
+test: install lint typecheck $(OVERLAYS) build/axolotl
+	$(PYTEST) --ignore tests/test_plugin.py
+	PYTHONPATH=build/axolotl $(PYTEST) tests/test_plugin.py
+
+build/axolotl: tests/axolotl.txt | install
+	$(OVERLAY) --requirement tests/axolotl.txt
+	rm -rf $@
+	mv $@.part $@
 
 build/trl/transformers-4: | install
 	$(OVERLAY) transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2

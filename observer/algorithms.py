@@ -33,6 +33,12 @@ _METHODS = {
 }
 
 
+def class_name(owner: object) -> str:
+    """Name of an object's class, or of a class; not of the one that Ray Train puts around that of a trainer."""
+    kind = owner if isinstance(owner, type) else type(owner)
+    return (kind.__mro__[1] if kind.__name__ == "RayTransformersTrainer" else kind).__name__
+
+
 def detect(trainer: object) -> str | None:
     """The algorithm of a trainer, one of :data:`SUPPORTED`; None for any other, such as supervised fine-tuning.
 

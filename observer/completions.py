@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from swanlab_ray.actors.protocol import COMPLETIONS, TOKENIZER
-from swanlab_ray.observer.algorithms import detect
+from swanlab_ray.observer.algorithms import class_name, detect
 from swanlab_ray.observer.cells import Columns
 from swanlab_ray.observer.notices import logger
 from swanlab_ray.observer.rows import Snapshot, Unknown, duels, generated, judged, pairs
@@ -59,7 +59,7 @@ def attach(trainer: Any, observer: Observer | None = None) -> CompletionCapture 
         return None
     setattr(trainer, _CAPTURE, capture)
     if observer.rank == 0:
-        name = type(trainer).__name__
+        name = class_name(trainer)
         logger.info("SwanLab RLHF completion logging enabled for %s (type: %s)", name, algorithm)
     return capture
 

@@ -76,7 +76,7 @@ def _parallelism(args: Any, accelerator: Any) -> dict[str, Any]:
 
 def _datasets(trainer: Any) -> dict[str, int]:
     """How many samples each has; one that is streamed does not tell."""
-    found = {"train": getattr(trainer, "train_dataset", None)}
+    found: dict[str, Any] = {"train": getattr(trainer, "train_dataset", None)}
     evaluated = getattr(trainer, "eval_dataset", None)
     parts = evaluated if isinstance(evaluated, dict) else {"": evaluated}
     found |= {f"eval/{name}".rstrip("/"): part for name, part in parts.items()}

@@ -27,13 +27,22 @@ _SIGNALS = (signal.SIGTERM, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal
 
 def set_environment() -> None:
     """Set what Ray reads when it is imported; what the user has set stays."""
-    if "ray" in sys.modules and not _ENVIRONMENT.keys() <= os.environ.keys():
+    if "ray" in sys.modules and not _is_ray_worker() and not _ENVIRONMENT.keys() <= os.environ.keys():
         logger.info(
             "Ray was imported before connect(), so a lost GCS may end this process after 60 s: import "
             "swanlab_ray.observer.session first, or export RAY_gcs_rpc_server_reconnect_timeout_s=1000000."
         )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def _is_ray_worker() -> bool:
+    """Whether Ray has started this process, so that it ends with its node's raylet whatever is set."""
+    core = sys.modules.get("ray._private.worker")
+    try:
+        return core is not None and bool(core.global_worker.mode == core.WORKER_MODE)
+    except AttributeError:  # another thread is importing it
+        return False
 
 
 @contextmanager

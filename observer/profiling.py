@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from swanlab_ray.observer import spans
+from swanlab_ray.observer.algorithms import class_name
 from swanlab_ray.observer.spans import Span, SpanLog
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -235,7 +236,7 @@ class _Profiled(Span):
 
 
 def _metric(owner: Any, func_name: str) -> str:
-    return f"Time taken: {type(owner).__name__}.{func_name}"
+    return f"Time taken: {class_name(owner)}.{func_name}"
 
 
 def _first_parameter(func: Callable[..., Any]) -> str:
@@ -259,8 +260,7 @@ def _namer(func: Callable[..., Any]) -> Callable[[tuple[Any, ...]], str]:
     def name_of(args: tuple[Any, ...]) -> str:
         if not args:
             return plain
-        owner = args[0] if isinstance(args[0], type) else type(args[0])
-        return f"Time taken: {owner.__name__}.{own_name.rpartition('.')[2]}"
+        return f"Time taken: {class_name(args[0])}.{own_name.rpartition('.')[2]}"
 
     return name_of
 

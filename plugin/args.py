@@ -92,13 +92,16 @@ def _field(name: str) -> Any:
     setting = ObserverSettings.model_fields[name]
     default = "" if setting.default is None else f" Default: {setting.default!s}."
     description = f"{setting.description}{default}".replace("``", "`")
-    return _WRITTEN.get(name, setting.annotation) | None, Field(default=None, description=description)
+    kind: Any = _WRITTEN.get(name, setting.annotation)
+    return kind | None, Field(default=None, description=description)
 
+
+_FIELDS: dict[str, Any] = {key: _field(name) for key, name in KEYS.items()}
+_FIELDS[driver.KEY] = SecretStr | None, Field(default=None, description="Set by the driver for Ray workers.")
 
 SwanLabRayArgs = create_model(
     "SwanLabRayArgs",
     __base__=_Checked,
-    __doc__="Keys of the plugin in an Axolotl YAML. None of them: the environment decides, else the observer's default.",
-    **{key: _field(name) for key, name in KEYS.items()},
-    **{driver.KEY: (SecretStr | None, Field(default=None, description="Set by the driver for Ray workers."))},
+    __doc__="Keys of the plugin in an Axolotl YAML. For one that is None the environment decides, else the default.",
+    **_FIELDS,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ class SwanLabRayPlugin(BasePlugin):
             return  # Axolotl asks every plugin that it ever loaded
         speak_up()
         if BUILT_IN in plugins:
-            raise SettingsError(f"Two plugins for SwanLab: remove {BUILT_IN} from 'plugins', its keys stay as they are.")
+            raise SettingsError(
+                f"Two plugins for SwanLab: remove {BUILT_IN} from 'plugins', its keys stay as they are."
+            )
         for key in args.SECRETS:  # before Axolotl prints them
             if isinstance(cfg.get(key), str):
                 cfg[key] = SecretStr(cfg[key])
@@ -65,7 +68,7 @@ class SwanLabRayPlugin(BasePlugin):
         self._yaml = told.yaml if told else _redacted(cfg.get("axolotl_config_path"))
         if not settings.active:
             return
-        _check_imports()
+        _check_installed()
         self._settings = settings
         if told is None and os.environ.get("RANK", "0") == "0":
             loggers.warn_of_several(cfg)
@@ -74,7 +77,7 @@ class SwanLabRayPlugin(BasePlugin):
                 cfg[driver.KEY] = driver.pack(settings, self._yaml)
 
     def pre_model_load(self, cfg: Mapping[str, Any]) -> None:
-        """Keep secrets out of the model card, into which Axolotl copies its YAML, and out of what other trackers save."""
+        """Keep secrets out of the model card, to which Axolotl copies its YAML, and out of what other trackers save."""
         if self._settings is None or not self._yaml or identify().rank != 0:
             return
         path = Path(cfg["axolotl_config_path"])
@@ -125,13 +128,11 @@ def _effective(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in plain(cfg).items() if key != driver.KEY}
 
 
-def _check_imports() -> None:
+def _check_installed() -> None:
     """Axolotl goes on without a plugin that cannot be imported; a run that nobody records would be worse."""
     for package in ("ray", "swanlab"):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise SettingsError(f"{package} cannot be imported ({error}): pip install {package}.") from error
+        if find_spec(package) is None:
+            raise SettingsError(f"{package} is not installed: pip install {package}, or set 'use_swanlab: false'.")
 
 
 def _warn_without_key(settings: ObserverSettings) -> None:
