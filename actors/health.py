@@ -191,6 +191,8 @@ class Health:
         silent = [rank for rank, known in watched.items() if now - known.at > SILENT_S]
         stacks = {rank: known.stacks for rank, known in watched.items() if known.stacks and rank not in silent}
         behind = silent or _behind({rank: known.doing.step for rank, known in watched.items()}, stacks)
+        if not behind and len(watched) == 1 < len(members):  # the others have ended, and may be what it waits for
+            behind = [rank for rank, found in stacks.items() if found.frames and not _meets(found.frames[0])]
         sentences = [self._silence(by_rank[rank]) for rank in silent[:NAMED]]
         for rank in [] if silent else behind[:NAMED]:
             hello, doing = by_rank[rank].hello, watched[rank].doing

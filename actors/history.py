@@ -277,7 +277,9 @@ def _count(summary: Summary, sequence: Sequence, entry: Entry) -> None:
                 summary.headers.append(entry)
             case Arrived():
                 life = summary.lives.setdefault((entry.rank, entry.life), Life())
-                life.arrived = life.arrived or entry
+                if life.arrived is not None:
+                    return  # its spool tells again what the journal has told
+                life.arrived = entry
                 if summary.finished is not None or not summary.sessions:
                     summary.sessions += 1
                     summary.session_ns = entry.time_ns

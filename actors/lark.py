@@ -17,9 +17,10 @@ from swanlab_ray.actors.mailbox import Refused, Unavailable
 TIMEOUT_S = 10.0
 KEYWORD = "SwanLab"
 """Every card has it, for bots that ask for a keyword."""
+BAD_SIGNATURE = 19021
 _EXPLAINED = {
     19001: "the token in the webhook's URL is wrong: copy the URL from the bot's settings again",
-    19021: "the signature is wrong: check swanlab_lark_secret, and the clock of the writer's machine",
+    BAD_SIGNATURE: "the signature is wrong: check swanlab_lark_secret, and the clock of the writer's machine",
     19022: "this machine's address is not among those that the bot allows",
     19024: f"the bot asks for a keyword that the message lacks: add '{KEYWORD}' to its keywords",
 }
@@ -62,26 +63,35 @@ class LarkBot:
         if response.status_code == 429 or response.status_code >= 500:
             wait = response.headers.get("Retry-After", "")
             raise Unavailable(f"HTTP {response.status_code}", min(float(wait), 600.0) if wait.isdigit() else 0.0)
-        _check(response)
+        self._check(response)
+
+    def _check(self, response: httpx.Response) -> None:
+        """Errors come as HTTP 200 with a code; other answers are not from a bot."""
+        try:
+            answer = response.json()
+            code = answer.get("code", answer.get("StatusCode"))
+        except (ValueError, AttributeError):
+            code = None
+        if code == 0 and response.is_success:
+            return
+        if not isinstance(code, int):
+            raise Refused(
+                f"the answer (HTTP {response.status_code}) is not that of a Lark bot: check the webhook's URL"
+            )
+        text = self._without_secrets(str(answer.get("msg") or answer.get("StatusMessage") or "no reason given"))[:200]
+        if _TOO_MANY.search(text):
+            raise Unavailable(f"code {code}, {text}")
+        if code == BAD_SIGNATURE and self._secret is None:
+            raise Refused("the bot asks for signed messages: set swanlab_lark_secret to the secret in its settings")
+        raise Refused(_EXPLAINED.get(code, f"code {code}, {text}"))
+
+    def _without_secrets(self, text: str) -> str:
+        """Somebody else's text may repeat what it was sent."""
+        for secret in (self._url, self._url.rstrip("/").rpartition("/")[2], self._secret):
+            text = text.replace(secret, "***") if secret else text
+        return text
 
 
 def sign(timestamp: str, secret: str) -> str:
     """The signature of a message: HMAC-SHA256 of nothing, under a key of both. ``timestamp``: Unix seconds."""
     return base64.b64encode(hmac.digest(f"{timestamp}\n{secret}".encode(), b"", hashlib.sha256)).decode()
-
-
-def _check(response: httpx.Response) -> None:
-    """Errors come as HTTP 200 with a code; other answers are not from a bot."""
-    try:
-        answer = response.json()
-        code = answer.get("code", answer.get("StatusCode"))
-    except (ValueError, AttributeError):
-        code = None
-    if code == 0 and response.is_success:
-        return
-    if not isinstance(code, int):
-        raise Refused(f"the answer (HTTP {response.status_code}) is not that of a Lark bot: check the webhook's URL")
-    text = str(answer.get("msg", answer.get("StatusMessage", "")))[:200]
-    if _TOO_MANY.search(text):
-        raise Unavailable(f"code {code}, {text}")
-    raise Refused(_EXPLAINED.get(code, f"code {code}, {text}"))

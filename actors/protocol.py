@@ -227,6 +227,8 @@ class Farewell(msgspec.Struct, frozen=True, array_like=True):
     last: bool
     """This was the last rank: it may wait until the run is closed."""
     notices: list[str]
+    told: int = 0
+    """How many of the run's notices rank 0 has been told."""
 
 
 class RankStatus(msgspec.Struct, frozen=True, kw_only=True):

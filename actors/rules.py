@@ -28,7 +28,7 @@ _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
 _METRIC = r"(?P<metric>[^\s<>=!;]+)"
 _COMPARED = re.compile(rf"{_METRIC}\s*(?P<sign><=|>=|==|!=|<|>)\s*(?P<bound>\S+)")
 _NAN = re.compile(rf"{_METRIC} is nan")
-_STALE = re.compile(rf"no (?P<what>improvement|increase|decrease) of {_METRIC} for (?P<steps>\d+) steps?")
+_STALE = re.compile(rf"no (?P<what>improvement|increase|decrease) of {_METRIC} for (?P<steps>[1-9]\d*) steps?")
 _LOWER = re.compile(r"loss|perplexity|error|(?<![a-z])[wc]er(?![a-z])", re.I)
 _HIGHER = re.compile("acc|reward|f1|bleu|rouge|score|margin", re.I)
 

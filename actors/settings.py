@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, StringConstraints, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -228,12 +229,18 @@ class ObserverSettings(BaseSettings):
     @field_validator("lark_webhook_url")
     @classmethod
     def _webhook(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not LARK_WEBHOOK.fullmatch(value.get_secret_value()):
+        if value is not None and not _is_webhook(value.get_secret_value()):
             raise ValueError(
                 "Invalid swanlab_lark_webhook_url: copy it from the bot's settings, such as "
                 "https://open.feishu.cn/open-apis/bot/v2/hook/xxxxxxxxxx"
             )
         return value
+
+    @field_validator("api_key", "lark_webhook_url", "lark_secret", mode="before")
+    @classmethod
+    def _blank_is_none(cls, value: Any) -> Any:
+        plain = value.get_secret_value() if isinstance(value, SecretStr) else value
+        return None if isinstance(plain, str) and not plain.strip() else value
 
     @field_validator("web_host", "api_host")
     @classmethod
@@ -247,6 +254,13 @@ class ObserverSettings(BaseSettings):
     def _absolute(cls, value: Path) -> Path:
         # The writer has another working directory than the rank.
         return Path(os.path.abspath(value.expanduser()))
+
+
+def _is_webhook(url: str) -> bool:
+    try:
+        return bool(LARK_WEBHOOK.fullmatch(url) and urlsplit(url).port != 0)
+    except ValueError:  # the port is no number, or an IPv6 address has no end
+        return False
 
 
 def check_writable(log_dir: Path) -> None:

@@ -488,7 +488,7 @@ class Writer:
             self._maybe_end()
             last = self._end is not None
         self._journal.settled(DURABLE_S)
-        return Farewell(last, notices)
+        return Farewell(last, notices, self._told)
 
     # What is answered beside them.
 

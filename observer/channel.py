@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from swanlab_ray.actors.journal import journal_files
 from swanlab_ray.actors.members import arrived
 from swanlab_ray.actors.protocol import (
     BATCH_BYTES,
@@ -507,7 +508,7 @@ class Channel:
         if farewell.last:
             with suppress(LinkBroken):  # everything is said; a restarted writer has no use for this rank
                 self.outcome = self._link.wait_closed(self._deadline)
-                self._show(self.outcome.notices if self.outcome else [])
+                self._show(self.outcome.notices[farewell.told :] if self.outcome else [])
 
     def _out_of_time(self) -> bool:
         return time.monotonic() >= self._deadline
@@ -539,14 +540,17 @@ class Channel:
             self._in_window = 0
         spooled = self._spool.events if self._spool else 0
         if left:
-            logger.warning("%d events of this rank did not reach the writer: %s", left, reason)
+            logger.warning("%s of this rank did not reach the writer and are lost: %s", _events(left), reason)
         if spooled and self._spool is not None:
+            directory = self._spool.path.parent
             logger.warning(
-                "%d events of this rank did not reach the writer (%s). They are kept in %s: bring the file to the "
-                "run's journal and upload both with `swanlab-ray sync`.",
-                spooled,
+                "%s of this rank did not reach the writer (%s). They are kept in %s: %s.",
+                _events(spooled),
                 reason,
                 self._spool.path,
+                f"`swanlab-ray sync {directory}` uploads them with the run"
+                if journal_files(directory)
+                else "bring the file to the run's journal and upload both with `swanlab-ray sync`",
             )
 
     def _beginning_and_end(self) -> list[Entry]:
@@ -572,3 +576,7 @@ class Channel:
             self._link.close()
         except Exception as error:
             self.last_error = str(error)
+
+
+def _events(count: int) -> str:
+    return f"{count} event{'s' * (count != 1)}"

@@ -407,7 +407,9 @@ def _test_lark(settings: ObserverSettings) -> str:
     except Refused as error:
         raise click.ClickException(f"Lark refuses the message: {error}.") from None
     except Unavailable as error:
-        raise click.ClickException(f"Lark cannot be reached: {error}.") from None
+        raise click.ClickException(
+            f"Lark does not take the message at present: {error}; check the address and the network, or try later."
+        ) from None
     unsigned = "" if settings.lark_secret else ", unsigned: set SWANLAB_LARK_SECRET for production use"
     return f"Lark: the test message has arrived{unsigned}"
 

@@ -70,11 +70,11 @@ class SwanLabRayPlugin(BasePlugin):
             return
         _check_installed()
         self._settings = settings
+        if told is None and cfg.get("use_ray"):
+            cfg[driver.KEY] = driver.pack(settings, self._yaml)
         if told is None and os.environ.get("RANK", "0") == "0":
             loggers.warn_of_several(cfg)
             _warn_without_key(settings)
-            if cfg.get("use_ray"):
-                cfg[driver.KEY] = driver.pack(settings, self._yaml)
 
     def pre_model_load(self, cfg: Mapping[str, Any]) -> None:
         """Keep secrets out of the model card, to which Axolotl copies its YAML, and out of what other trackers save."""

@@ -156,7 +156,7 @@ def test_unreachable_cluster_is_said_once(launch: Launch) -> None:
     ).wait()
     assert done.code == 0
     assert done.output.count("RAY_ADDRESS='127.0.0.1:1' cannot be reached") == 2  # while it tries, and at the end
-    assert "1 events of this rank did not reach the writer" in done.output
+    assert "1 event of this rank did not reach the writer" in done.output
     assert "complete False" in done.output
 
 

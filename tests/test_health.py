@@ -279,6 +279,15 @@ def test_who_waits_within_a_collective_is_seen_above_the_user_s_code_only() -> N
     assert job.told().text.startswith("Rank 1 (node, pid 101) is behind")
 
 
+def test_the_only_rank_that_has_not_ended_is_the_one_that_hangs() -> None:
+    job = Job(2)
+    job.train()
+    job.members[0].state = "success"
+    job.wait(TIMEOUT + 5)
+    job.stands(1, TRAIN)
+    assert job.told().text.startswith("Rank 1 (node, pid 101) is behind: step 10, at job/train.py:10 in train.")
+
+
 def test_ranks_that_get_ahead_within_an_evaluation_are_alive() -> None:
     job = Job(1)
     job.train()

@@ -205,6 +205,9 @@ def test_what_repeats_while_it_waits_is_one_card(group: LarkGroup, monkeypatch: 
         "open.feishu.cn/open-apis/bot/v2/hook/s3cr3t",
         "https://open.feishu.cn/s3cr3t",
         "https://open.feishu.cn/hook/",
+        "https://open.feishu.cn:99x9/open-apis/bot/v2/hook/s3cr3t",
+        "https://open.feishu.cn:999999/open-apis/bot/v2/hook/s3cr3t",
+        "http://[::1/open-apis/bot/v2/hook/s3cr3t",
         "x",
     ],
 )
@@ -214,6 +217,26 @@ def test_a_malformed_webhook_is_refused_with_a_right_one(url: str) -> None:
     ) as e:
         ObserverSettings(project="p", lark_webhook_url=url)
     assert "s3cr3t" not in str(e.value)
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_a_blank_secret_is_none(blank: str) -> None:
+    """So that nothing is said of signatures that are not made."""
+    settings = ObserverSettings(project="p", lark_webhook_url=blank, lark_secret=blank, api_key=blank)
+    assert settings.lark_webhook_url is settings.lark_secret is settings.api_key is None
+
+
+def test_a_text_of_somebody_else_s_is_shown_without_secrets(group: LarkGroup) -> None:
+    group.faults.append(
+        Fault(body=json.dumps({"code": 10003, "msg": f"bad request to {group.url} by {SECRET}, {TOKEN}"}))
+    )
+    with pytest.raises(Refused, match=r"^code 10003, bad request to \*\*\* by \*\*\*, \*\*\*$"):
+        LarkBot(group.url, SECRET).send({})
+
+
+def test_a_bot_that_wants_a_secret_is_not_told_of_a_wrong_one(group: LarkGroup) -> None:
+    with pytest.raises(Refused, match="the bot asks for signed messages: set swanlab_lark_secret"):
+        LarkBot(group.url, None).send({})
 
 
 @pytest.mark.parametrize("host", ["open.feishu.cn", "open.larksuite.com", "lark.example.com:8443"])
@@ -249,4 +272,4 @@ def test_doctor_says_what_is_wrong(group: LarkGroup) -> None:
     group.stop()
     away = doctor(**group.environment())
     assert away.exit_code == 1
-    assert "Lark cannot be reached: ConnectError." in away.output
+    assert "Lark does not take the message at present: ConnectError;" in away.output

@@ -368,6 +368,28 @@ def test_a_run_of_which_only_spools_are_left_has_its_true_end(tmp_path: Path, mo
     assert (account.logged, account.written, account.spooled, account.state) == (5, 0, 5, "success")
 
 
+def test_a_spool_beside_the_journal_does_not_undo_the_end(tmp_path: Path) -> None:
+    """Rank 1 logs on after its peer has failed and the run is over; the spool tells again that it had arrived."""
+    cluster = Cluster(settings_for(tmp_path))
+    observers = [rank(cluster, Link(cluster), number, 2) for number in range(2)]
+    for observer in observers:
+        observer.log({"x": 1}, 0)
+        assert observer.flush()
+    observers[1].finish("crashed", "ValueError: boom")
+    observers[0].finish("aborted", "SIGTERM")
+    wait_until(lambda: cluster.find().status().closed)
+    (path,) = cluster.files.journals
+    found = [entry[1] for entry in entries(path) if not isinstance(entry, Damaged)]
+    (arrived,) = (entry for entry in found if isinstance(entry, Arrived) and entry.rank == 0)
+    (ended,) = (entry for entry in found if isinstance(entry, Ended) and entry.rank == 0)
+    spool = Spool(cluster.settings, "r", 0, arrived.life)
+    spool.put(9, 1, encode_batch([encode((SCALARS, 1, 1, USER, {"x": 2}))]))
+    spool.close(arrived, ended)
+    run = archive.load_run(cluster.files)
+    assert run.as_json()["error"].endswith("ValueError: boom")
+    assert run.as_json()["in_swanlab"]["complete"]
+
+
 def test_damage_is_not_blamed_on_the_rank(tmp_path: Path) -> None:
     """A rank that was killed without a goodbye: what the files had and have no more is missing, not killed."""
     cluster = Cluster(settings_for(tmp_path))
