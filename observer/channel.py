@@ -541,7 +541,7 @@ class Channel:
         spooled = self._spool.events if self._spool else 0
         if left:
             logger.warning("%s of this rank did not reach the writer and are lost: %s", _events(left), reason)
-        if spooled and self._spool is not None:
+        if spooled and self._spool is not None and self._spool.path is not None:
             directory = self._spool.path.parent
             logger.warning(
                 "%s of this rank did not reach the writer (%s). They are kept in %s: %s.",
