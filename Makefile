@@ -30,7 +30,7 @@ demo: install
 
 test: install lint typecheck $(OVERLAYS) build/axolotl
 	$(PYTEST) --ignore tests/test_plugin.py
-	PYTHONPATH=build/axolotl $(PYTEST) tests/test_plugin.py
+	PYTHONPATH="$(CURDIR)/build/axolotl:$(CURDIR)" $(PYTEST) tests/test_plugin.py
 
 build/axolotl: tests/axolotl.txt | install
 	$(OVERLAY) --requirement tests/axolotl.txt
