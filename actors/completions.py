@@ -86,7 +86,7 @@ class CompletionBuffer:
         if self._due is None:
             self._due = event.step
         if self._count + event.rows > self._size:
-            self._make_way(event.step)
+            self._flush_due(event.step - 1)  # though not all ranks have come that far: these rows would push it out
         for row in rows_of(rank, event):
             if self._count >= self._size:
                 self._drop_one()
@@ -95,12 +95,6 @@ class CompletionBuffer:
             self.taken += 1
         if event.step >= self._due and not self._since:
             self._since = now
-
-    def _make_way(self, step: int) -> None:
-        """Emit the table that is due, though not all ranks have come that far, before rows of this step push it out."""
-        ready = [row.step for rows in self._waiting.values() for row in rows if (self._due or 0) <= row.step < step]
-        if ready:
-            self._flush(max(ready))
 
     def _drop_one(self) -> None:
         """Drop the oldest row of the rank that has most of them."""

@@ -144,7 +144,7 @@ class Writer:
         self._health = Health(settings.hang_timeout, self._process_state)
         self._restarts = 0
         self._restarted: set[int] = set()  # ranks that were started again since that was told
-        self._awaited: set[int] = set()  # ranks that had failed then, and were not started again yet
+        self._awaited: set[int] = set()  # ranks that were not started again yet, since then
         self._reducer: Reducer | None = None  # opened with the first rank
         self._directory = run_directory(settings.log_dir, run_id)
         self._run_dirs: list[str] = []
@@ -417,7 +417,7 @@ class Writer:
         self._restarted = {number}
         self._restarts += 1
         failed = {n: r for n, r in self._ranks.items() if r.state not in ("running", "success")}
-        self._awaited = failed.keys() - {number}
+        self._awaited = {n for n, r in self._ranks.items() if r.state != "success"} - {number}
         cause = verdict(failed, 0)[1] if failed else "its ranks had ended without a word"
         times = f" ({self._restarts} times)" if self._restarts > 1 else ""
         self._notice(f"{RESTARTED} after {(cause or '').splitlines()[0]}{times}")
@@ -482,6 +482,8 @@ class Writer:
                 rank.state, rank.error, rank.ended_ns = goodbye.state, goodbye.error, goodbye.time_ns
                 rank.counted = goodbye.counted
                 rank.heard = time.monotonic()
+                if goodbye.state == "success":
+                    self._awaited.discard(goodbye.rank)  # it was not started again, and need not be
                 notices = self._take_notices(rank)
                 self._note_end(rank)
                 stderr(f"rank {goodbye.rank} ended: {goodbye.state}{' - ' + goodbye.error if goodbye.error else ''}")

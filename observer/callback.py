@@ -99,6 +99,8 @@ class ObserverCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._find_trainer()
         observer = self._connected()
+        if self.settings.log_model and observer.rank == 0:
+            self.say_once("log_model is set, but SwanLab cannot store checkpoints yet; they stay in output_dir only.")
         self._training = True
         if state.global_step == 0:
             # Trained again from the start (a second train(), a smaller batch size after running out of memory): the
@@ -171,8 +173,6 @@ class ObserverCallback(TrainerCallback):
 
     @_never_raises
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.settings.log_model:
-            self.say_once("log_model is set, but SwanLab cannot store checkpoints yet; they stay in output_dir only.")
         self._mark = time.perf_counter()
 
     @_never_raises

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from pydantic import BaseModel, Field, SecretStr, create_model, model_validator
@@ -75,11 +75,18 @@ def _with_keys(sentence: str) -> str:
     return sentence
 
 
+def is_listed(plugins: Iterable[Any] | None) -> bool:
+    """Whether a configuration asks for this plugin."""
+    return any(str(name).endswith(".SwanLabRayPlugin") for name in plugins or ())
+
+
 class _Checked(BaseModel):
     """Checks the keys below as the observer does."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if hasattr(self, "plugins") and not is_listed(self.plugins):
+            return self  # Axolotl merges the schemas of all plugins that it ever loaded
         settings_from({key: getattr(self, key) for key in (*KEYS, driver.KEY)})
         return self
 

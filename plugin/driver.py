@@ -18,11 +18,11 @@ class FromDriver(BaseModel):
 
     settings: dict[str, Any]
     """Fields of :class:`ObserverSettings`: those of the YAML and of the driver's environment."""
-    yaml: str
-    """The YAML, without secrets."""
+    yaml: str | None
+    """The YAML, without secrets; None if it could not be read."""
 
 
-def pack(settings: ObserverSettings, yaml: str) -> SecretStr:
+def pack(settings: ObserverSettings, yaml: str | None) -> SecretStr:
     """For ``cfg[KEY]``. Paths are absolute: the workers have another working directory."""
     known = settings.model_fields_set | {"log_dir"}
     values = {name: getattr(settings, name) for name in known}
@@ -35,4 +35,4 @@ def pack(settings: ObserverSettings, yaml: str) -> SecretStr:
 def unpack(cfg: Mapping[str, Any]) -> FromDriver | None:
     """What the driver has put into the configuration; None on the driver itself, and without Ray."""
     packed = cfg.get(KEY)
-    return None if packed is None else FromDriver.model_validate_json(packed.get_secret_value())
+    return FromDriver.model_validate_json(packed.get_secret_value()) if isinstance(packed, SecretStr) else None

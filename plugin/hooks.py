@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from axolotl.integrations.base import BasePlugin
@@ -35,11 +35,15 @@ class SwanLabRayPlugin(BasePlugin):
     leaves none behind.
     """
 
+    _latest: ClassVar[Any] = None
+    """The callback of the latest training of this process."""
+
     def __init__(self) -> None:
         super().__init__()
+        self._listed = False
         self._settings: ObserverSettings | None = None
-        self._yaml = ""
-        self._callback: Any = None
+        self._yaml: str | None = None
+        self._saved = False
 
     def get_input_args(self) -> str:
         """The schema of the plugin's keys."""
@@ -53,16 +57,18 @@ class SwanLabRayPlugin(BasePlugin):
         """
         self._settings = None
         plugins = cfg.get("plugins") or []
-        if not any(name.endswith(f".{type(self).__name__}") for name in plugins):
+        self._listed = args.is_listed(plugins)
+        if not self._listed:
             return  # Axolotl asks every plugin that it ever loaded
         speak_up()
         if BUILT_IN in plugins:
-            raise SettingsError(
-                f"Two plugins for SwanLab: remove {BUILT_IN} from 'plugins', its keys stay as they are."
-            )
+            raise SettingsError(f"Two plugins for SwanLab: remove {BUILT_IN} from 'plugins'; its keys stay.")
         for key in args.SECRETS:  # before Axolotl prints them
             if isinstance(cfg.get(key), str):
                 cfg[key] = SecretStr(cfg[key])
+        place = identify()
+        if not place.in_ray_train:  # of an earlier training with the same configuration
+            cfg.pop(driver.KEY, None)
         settings = args.settings_from(cfg)
         told = driver.unpack(cfg)
         self._yaml = told.yaml if told else _redacted(cfg.get("axolotl_config_path"))
@@ -70,23 +76,32 @@ class SwanLabRayPlugin(BasePlugin):
             return
         _check_installed()
         self._settings = settings
-        if told is None and cfg.get("use_ray"):
-            cfg[driver.KEY] = driver.pack(settings, self._yaml)
-        if told is None and os.environ.get("RANK", "0") == "0":
+        if told is None and place.rank == 0:
             loggers.warn_of_several(cfg)
-            _warn_without_key(settings)
+            settings = _with_login(settings)
+            if settings.mode == "cloud" and settings.api_key is None:
+                logger.warning(NO_KEY)
+            if cfg.get("use_ray"):
+                cfg[driver.KEY] = driver.pack(settings, self._yaml)
 
-    def pre_model_load(self, cfg: Mapping[str, Any]) -> None:
-        """Keep secrets out of the model card, to which Axolotl copies its YAML, and out of what other trackers save."""
-        if self._settings is None or not self._yaml or identify().rank != 0:
+    def pre_model_load(self, cfg: Any) -> None:
+        """Keep secrets out of the model card, to which Axolotl copies its YAML, and out of what other trackers save.
+
+        They act on each node's first rank.
+        """
+        path = Path(cfg.get("axolotl_config_path") or "")
+        if not self._listed or not path.is_file() or identify().local_rank != 0:
             return
-        path = Path(cfg["axolotl_config_path"])
-        if path.is_file() and yaml.safe_load(path.read_text(encoding="utf-8")) != yaml.safe_load(self._yaml):
+        if self._yaml is None:
+            cfg["axolotl_config_path"] = None  # whatever is in there
+        elif yaml.safe_load(path.read_text(encoding="utf-8")) != yaml.safe_load(self._yaml):
             output = Path(cfg["output_dir"])
             output.mkdir(parents=True, exist_ok=True)
             redacted = output / "axolotl_config.redacted.yml"
-            redacted.write_text(self._yaml, encoding="utf-8")
-            cfg["axolotl_config_path"] = str(redacted)  # type: ignore[index]
+            new = redacted.with_suffix(f".{os.getpid()}")  # nodes may share the directory
+            new.write_text(self._yaml, encoding="utf-8")
+            new.replace(redacted)
+            cfg["axolotl_config_path"] = str(redacted)
 
     def add_callbacks_pre_trainer(self, cfg: Mapping[str, Any], model: Any) -> list[Any]:
         """The observer's callback, for every rank's trainer."""
@@ -94,6 +109,7 @@ class SwanLabRayPlugin(BasePlugin):
             return []
         from swanlab_ray.observer.callback import ObserverCallback
 
+        self._close()  # an earlier training that did not come to its end
         place = identify()
         if place.rank == 0:
             logger.info(f"SwanLab initialized for project: {self._settings.project}")
@@ -102,24 +118,36 @@ class SwanLabRayPlugin(BasePlugin):
                     f"Distributed training detected (world_size={place.world_size}); SwanLab mode: "
                     f"{self._settings.mode}; every rank reports, and one writer keeps one run"
                 )
-        self._callback = ObserverCallback(
-            self._settings, config={"axolotl": _effective(cfg), "axolotl_yaml": self._yaml}
-        )
-        return [self._callback]
+        config = {"axolotl": _effective(cfg), "axolotl_yaml": self._yaml}
+        type(self)._latest = ObserverCallback(self._settings, config)
+        self._saved = False
+        return [self._latest]
+
+    def post_train(self, cfg: Mapping[str, Any], model: Any) -> None:
+        """Called twice: before the model is saved, and after that. What fails in between is a failure."""
+        observer = getattr(self._latest, "observer", None)
+        if observer is not None and observer.result[0] in ("success", None):
+            observer.set_result("success" if self._saved else None)
+            self._saved = True
 
     def post_train_unload(self, cfg: Mapping[str, Any]) -> None:
         """The training has ended well: close the run before the process does whatever else it has to do."""
-        observer, self._callback = getattr(self._callback, "observer", None), None
-        if observer is not None:
-            observer.finish()
+        self._close()
+
+    @classmethod
+    def _close(cls) -> None:
+        observer, cls._latest = getattr(cls._latest, "observer", None), None
+        if observer is not None and not observer.finished:
+            state, error = observer.result
+            observer.finish(state or "aborted", error or (None if state else "the training did not come to its end"))
 
 
-def _redacted(path: str | None) -> str:
-    """A YAML as text, without secrets."""
+def _redacted(path: str | None) -> str | None:
+    """A YAML as text, without secrets; None if it cannot be read."""
     try:
         written = yaml.safe_load(Path(path or "").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return ""
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
     return yaml.safe_dump(plain(written), sort_keys=False, allow_unicode=True)
 
 
@@ -135,10 +163,11 @@ def _check_installed() -> None:
             raise SettingsError(f"{package} is not installed: pip install {package}, or set 'use_swanlab: false'.")
 
 
-def _warn_without_key(settings: ObserverSettings) -> None:
+def _with_login(settings: ObserverSettings) -> ObserverSettings:
+    """With the API key of `swanlab login` on this machine, where no other is given: Ray's workers have none."""
     if settings.mode != "cloud" or settings.api_key is not None:
-        return
+        return settings
     from swanlab import Settings
 
-    if not Settings().api_key:  # neither a variable nor a login
-        logger.warning(NO_KEY)
+    key = Settings().api_key
+    return settings.model_copy(update={"api_key": SecretStr(key)}) if key else settings
