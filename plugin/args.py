@@ -46,7 +46,7 @@ def settings_from(cfg: Mapping[str, Any]) -> ObserverSettings:
     Raises:
         SettingsError: a key or a value is wrong, or no project is named.
     """
-    for key in cfg:
+    for key in map(str, cfg):
         if key.startswith(("swanlab_", "observer_")) and key not in KEYS and key != driver.KEY:
             close = difflib.get_close_matches(key, KEYS, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(KEYS)}."
