@@ -249,6 +249,13 @@ class ObserverSettings(BaseSettings):
             raise ValueError(f"{value!r} is not a web address: write it as https://swanlab.example.com")
         return value
 
+    @field_validator("log_dir", mode="before")
+    @classmethod
+    def _log_dir_not_empty(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("Invalid log_dir: it is empty; name a directory, such as swanlog.")
+        return value
+
     @field_validator("log_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:

@@ -224,6 +224,9 @@ class Channel:
         # Ray's own calls have deadlines; the slack lets the flusher notice its own first.
         self.done.wait(timeout + 5.0)
         statistics = self.statistics()
+        if statistics.waiting and not self.done.is_set():
+            waiting = _events(statistics.waiting)
+            logger.warning("%s of this rank not sent: the thread that sends stands still.", waiting)
         return self.done.is_set() and statistics.acknowledged == statistics.logged
 
     def statistics(self) -> ChannelStatistics:

@@ -518,9 +518,9 @@ def _after_fork() -> None:
     spans.active = None
     if observer is not None and not isinstance(observer, DisabledObserver):
         observer._forked()
-        ray = sys.modules.get("ray")
-        if ray is not None:
-            atexit.unregister(ray.shutdown)  # it would wait for threads that only the parent has
+        shutdown = getattr(sys.modules.get("ray"), "shutdown", None)  # it may be half imported
+        if shutdown is not None:
+            atexit.unregister(shutdown)  # it would wait for threads that only the parent has
 
 
 os.register_at_fork(after_in_child=_after_fork)

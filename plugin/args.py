@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
@@ -35,6 +36,12 @@ def _key(name: str) -> str:
     return f"swanlab_{name}" if name in _SWANLAB else f"observer_{name}"
 
 
+NO_PROJECT = (
+    "SwanLab enabled but 'swanlab_project' is not set: add 'swanlab_project: my-project', or "
+    "'use_swanlab: false' to do without."
+)
+_OURS = re.compile("(use_)?swan_?lab|observer_")
+
 KEYS = {_key(name): name for name in ObserverSettings.model_fields}
 """YAML keys and the fields of :class:`ObserverSettings` they set."""
 SECRETS = tuple(key for key, name in KEYS.items() if name in ("api_key", "lark_webhook_url", "lark_secret"))
@@ -47,8 +54,9 @@ def settings_from(cfg: Mapping[str, Any]) -> ObserverSettings:
         SettingsError: a key or a value is wrong, or no project is named.
     """
     for key in map(str, cfg):
-        if key.startswith(("swanlab_", "observer_")) and key not in KEYS and key != driver.KEY:
-            close = difflib.get_close_matches(key, KEYS, n=1)
+        alike = key.lower().replace("-", "_")
+        if _OURS.match(alike) and key not in KEYS and key != driver.KEY:
+            close = difflib.get_close_matches(alike, KEYS, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(KEYS)}."
             raise SettingsError(f"Unknown key '{key}': {hint}")
     told = driver.unpack(cfg)
@@ -58,12 +66,9 @@ def settings_from(cfg: Mapping[str, Any]) -> ObserverSettings:
     try:
         settings = ObserverSettings(**given)
     except SettingsError as error:
-        raise SettingsError(_with_keys(str(error))) from None
+        raise SettingsError(NO_PROJECT if "is not set" in str(error) else _with_keys(str(error))) from None
     if not settings.use_swanlab and "use_swanlab" not in settings.model_fields_set and settings.mode != "disabled":
-        raise SettingsError(
-            "SwanLab enabled but 'swanlab_project' is not set: add 'swanlab_project: my-project', or "
-            "'use_swanlab: false' to do without."
-        )
+        raise SettingsError(NO_PROJECT)
     return settings
 
 

@@ -263,7 +263,10 @@ def test_keys_become_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        ({"use_swanlab": True}, "SwanLab enabled but 'swanlab_project' is not set"),
+        ({"use_swanlab": True}, "SwanLab enabled but 'swanlab_project' is not set: add 'swanlab_project: my-project'"),
+        ({"swanlab-mode": "local"}, "Unknown key 'swanlab-mode': did you mean 'swanlab_mode'?"),
+        ({"use_swanlabs": True}, "Unknown key 'use_swanlabs': did you mean 'use_swanlab'?"),
+        ({"observer_log_dir": ""}, "Invalid observer_log_dir: it is empty"),
         ({}, "SwanLab enabled but 'swanlab_project' is not set: add 'swanlab_project: my-project'"),
         ({"swanlab_project": ""}, "swanlab_project cannot be an empty string."),
         (

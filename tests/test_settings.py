@@ -59,6 +59,7 @@ def test_every_parameter_has_its_default_and_type(name: str, kind: type, default
          "Invalid completion_max_buffer 0: input should be greater than or equal to 1"),
         ({"rank_timeout": 0},
          "Invalid rank_timeout 0: input should be greater than or equal to 1"),
+        ({"log_dir": ""}, "Invalid log_dir: it is empty; name a directory, such as swanlog."),
         ({"rank_series": "some"}, "Invalid rank_series 'some': use a number of ranks, 'all' or 'none'"),
         ({"api_host": "swanlab.example.com"},
          "api_host: 'swanlab.example.com' is not a web address: write it as https://swanlab.example.com"),
