@@ -103,7 +103,14 @@ def _as_json(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")(command)
 
 
-_paths = click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+def _named(context: click.Context, parameter: click.Parameter, paths: tuple[str, ...]) -> tuple[Path, ...]:
+    """An empty path would mean the current directory, and everything below it."""
+    if not all(paths):
+        raise click.BadParameter("'' is no path: name a journal, a run's directory, or a log directory.")
+    return tuple(map(Path, paths))
+
+
+_paths = click.argument("paths", nargs=-1, required=True, metavar="PATH...", callback=_named)
 
 
 @main.command(short_help="List the runs in the log directory.")

@@ -41,6 +41,8 @@ def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.Comp
         (["demo", "--mode", "lokal"], "Invalid swanlab_mode: 'lokal'. Valid options: cloud, local, offline, disabled"),
         (["demo", "--mode", "disabled"], "--mode disabled makes no sense"),
         (["demo", "--project", ""], "swanlab_project cannot be an empty string."),
+        (["verify", ""], "'' is no path: name a journal, a run's directory, or a log directory."),
+        (["sync", ""], "'' is no path"),
         (["demo", "--ranks", "0"], "0 is not in the range 1<=x<=64"),
         (["demo", "--steps", "many"], "'many' is not a valid integer"),
         (
