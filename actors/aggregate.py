@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
 
 from swanlab_ray.actors.protocol import JOB, RANK, USER, Scalars
 
@@ -27,29 +29,38 @@ WAITING_VALUES = 2_000_000
 """The same for values."""
 CLOSED_STEPS_KEPT = 10_000
 """Steps remembered as written, to tell a late value from a new step."""
+OVER_RANKS = ("mean", "min", "max", "p95", "argmax")
+"""What is computed over ranks: ``p95`` is that of the nearest rank, ``argmax`` the lowest rank that has the maximum.
+``nonfinite`` counts the ranks that reported NaN or infinity, where there are any."""
+SHAPES = 1_000
+"""Sets of names that are known by heart."""
+
+
+class _Name(dict[int, str]):
+    """What is the same for a name at every step: its series, by rank, and over ranks."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.reporters: set[int] = set()
+        """Ranks that have ever logged it."""
+        self.over_ranks = [f"ranks/{name}/{what}" for what in OVER_RANKS]
+
+    def __missing__(self, rank: int) -> str:
+        series = self[rank] = f"rank/{rank}/{self.name}"
+        return series
 
 
 @dataclass(slots=True)
-class _Name:
-    """What is the same for a name at every step."""
+class _Shape:
+    """What is the same for calls of the same names in the same order."""
 
-    name: str
+    scope: int
+    names: list[_Name]
     reporters: set[int] = field(default_factory=set)
-    """Ranks that have ever logged it."""
-    keys: dict[int | str, str] = field(default_factory=dict)
-    """Its series: by rank, and by what is computed over ranks."""
-
-    def of_rank(self, rank: int) -> str:
-        key = self.keys.get(rank)
-        if key is None:
-            key = self.keys[rank] = f"rank/{rank}/{self.name}"
-        return key
-
-    def over_ranks(self, what: str) -> str:
-        key = self.keys.get(what)
-        if key is None:
-            key = self.keys[what] = f"ranks/{self.name}/{what}"
-        return key
+    ranks: list[int] = field(default_factory=list)
+    """Those that logged it last; mostly they are the same at every step."""
+    keys: list[list[str]] = field(default_factory=list)
+    """Of each name, the series of these ranks and over them."""
 
 
 @dataclass(slots=True)
@@ -64,9 +75,11 @@ class _Waiting:
 
 @dataclass(slots=True)
 class _Row:
-    """One step that is not complete yet."""
+    """One step that is not complete yet: call by call while every rank logs the same in one call, else by name."""
 
     since: float
+    shape: _Shape | None
+    calls: dict[int, Scalars] = field(default_factory=dict)
     names: dict[str, _Waiting] = field(default_factory=dict)
     written: set[str] = field(default_factory=set)
 
@@ -82,10 +95,11 @@ class Aggregator:
     def __init__(self, emit: Emit, rank_series: int) -> None:
         self._emit = emit
         self._rank_series = rank_series
-        self._rows: dict[int, _Row] = {}
+        self._rows: OrderedDict[int, _Row] = OrderedDict()  # of a dict the first is found slowly
         self._closed: OrderedDict[int, None] = OrderedDict()
         self._reached: dict[int, int] = {}  # rank -> the highest step it has logged
         self._names: dict[str, _Name] = {}
+        self._shapes: dict[tuple[int, *tuple[str, ...]], _Shape] = {}
         self._missing_ranks = 1
         self._values = 0  # in _rows
         self.late = 0
@@ -117,39 +131,64 @@ class Aggregator:
         step = scalars.step
         if step > self.highest_step:
             self.highest_step = step
-        if step > self._reached.get(rank, -1) and rank in self._reached:
-            self._reached[rank] = step
+        reached = self._reached
+        if step > reached.get(rank, step):
+            reached[rank] = step
         if scalars.scope == JOB:
             self._emit(step, scalars.time_ns, scalars.values)
             return
         if step in self._closed:
             self._write_late(rank, scalars)
             return
+        shape = self._shapes.get((scalars.scope, *scalars.values)) or self._new_shape(scalars)
+        if rank not in shape.reporters:
+            shape.reporters.add(rank)
+            for name in shape.names:
+                name.reporters.add(rank)
         row = self._rows.get(step)
         if row is None:
             while self._rows and (len(self._rows) >= WAITING_STEPS or self._values > WAITING_VALUES):
                 self._close(next(iter(self._rows)))
-            row = self._rows[step] = _Row(since=now)
-        everyone = 1 << 31 if self._missing_ranks else len(self._reached)
+            row = self._rows[step] = _Row(now, shape)
+        calls = row.calls
+        if row.shape is shape and rank not in calls:
+            calls[rank] = scalars
+            self._values += len(shape.names)
+            if len(calls) >= len(reached) and self._complete(calls):
+                self._write_calls(step, row)
+                row.written.update(scalars.values)
+            return
+        self._separate(row)
+        self._add_by_name(rank, scalars, row)
+
+    def _complete(self, by_rank: dict[int, Any]) -> bool:
+        return not self._missing_ranks and len(by_rank) >= len(self._reached) and self._reached.keys() <= by_rank.keys()
+
+    def _separate(self, row: _Row) -> None:
+        """From now on by name."""
+        calls, row.calls, row.shape = row.calls, {}, None
+        for rank, scalars in calls.items():
+            self._values -= len(scalars.values)
+            self._add_by_name(rank, scalars, row)
+
+    def _add_by_name(self, rank: int, scalars: Scalars, row: _Row) -> None:
         names, time_ns = row.names, scalars.time_ns
+        complete: list[_Waiting] = []
         for key, value in scalars.values.items():
             waiting = names.get(key)
             if waiting is None:
                 if key in row.written:
-                    self._write_late(rank, Scalars(step, time_ns, scalars.scope, {key: value}))
+                    self._write_late(rank, Scalars(scalars.step, time_ns, scalars.scope, {key: value}))
                     continue
                 waiting = names[key] = _Waiting(scalars.scope, time_ns, self._name(key))
-            by_rank = waiting.by_rank
-            if rank not in by_rank:
+            if rank not in waiting.by_rank:
                 self._values += 1
-            by_rank[rank] = value
-            if time_ns > waiting.time_ns:
-                waiting.time_ns = time_ns
-            if rank not in waiting.name.reporters:
-                waiting.name.reporters.add(rank)
-            if len(by_rank) >= everyone and self._reached.keys() <= by_rank.keys():
-                self._write(step, names.pop(key))
+            waiting.by_rank[rank] = value
+            waiting.time_ns = max(waiting.time_ns, time_ns)
+            if self._complete(waiting.by_rank):
+                complete.append(names.pop(key))
                 row.written.add(key)
+        self._write_names(scalars.step, complete)
 
     def passed(self, rank: int, step: int) -> None:
         """A rank is at this step, whatever it has logged: it is done with those before."""
@@ -174,29 +213,78 @@ class Aggregator:
             name = self._names[key] = _Name(key)
         return name
 
+    def _new_shape(self, scalars: Scalars) -> _Shape:
+        if len(self._shapes) >= SHAPES:
+            self._shapes.clear()
+        shape = _Shape(scalars.scope, [self._name(key) for key in scalars.values])
+        self._shapes[scalars.scope, *scalars.values] = shape
+        return shape
+
     def _close(self, step: int) -> None:
-        for waiting in self._rows.pop(step).names.values():
-            self._write(step, waiting)
+        row = self._rows.pop(step)
+        self._write_calls(step, row)
+        self._write_names(step, row.names.values())
         self._closed[step] = None
         if len(self._closed) > CLOSED_STEPS_KEPT:
             self._closed.popitem(last=False)
 
-    def _write(self, step: int, waiting: _Waiting) -> None:
-        name, by_rank = waiting.name, waiting.by_rank
-        self._values -= len(by_rank)
-        alone = len(name.reporters) == 1
-        if alone and waiting.scope == USER:
-            self._emit(step, waiting.time_ns, {name.name: next(iter(by_rank.values()))})
+    def _write_calls(self, step: int, row: _Row) -> None:
+        """Write the calls of a step as one row."""
+        calls, shape, row.calls, row.shape = row.calls, row.shape, {}, None
+        if shape is None:
             return
-        values = {name.of_rank(rank): value for rank, value in by_rank.items() if rank < self._rank_series}
-        if not alone:
-            reduced = over_ranks(by_rank)
-            if waiting.scope == USER:
-                values[name.name] = reduced["mean"]
-            for what, value in reduced.items():
-                values[name.over_ranks(what)] = value
+        ranks = sorted(calls)
+        if ranks != shape.ranks:
+            shape.ranks, shape.keys = ranks, [self._keys(name, ranks) for name in shape.names]
+        self._values -= len(ranks) * len(shape.names)
+        values: dict[str, float] = {}
+        columns = zip(*[calls[rank].values.values() for rank in ranks], strict=True)
+        for name, keys, column in zip(shape.names, shape.keys, columns, strict=True):
+            self._put(values, name, keys, shape.scope, ranks, column)
         if values:
-            self._emit(step, waiting.time_ns, values)
+            self._emit(step, max([call.time_ns for call in calls.values()]), values)
+
+    def _write_names(self, step: int, names: Iterable[_Waiting]) -> None:
+        """Write these names of a step: as one row, but for those that were logged at another time."""
+        rows: dict[int, dict[str, float]] = {}
+        for waiting in names:
+            self._values -= len(waiting.by_rank)
+            ranks = sorted(waiting.by_rank)
+            column = [waiting.by_rank[rank] for rank in ranks]
+            keys = self._keys(waiting.name, ranks)
+            self._put(rows.setdefault(waiting.time_ns, {}), waiting.name, keys, waiting.scope, ranks, column)
+        for time_ns, values in rows.items():
+            if values:
+                self._emit(step, time_ns, values)
+
+    def _keys(self, name: _Name, ranks: list[int]) -> list[str]:
+        """The series of these ranks, and those over ranks."""
+        return [name[rank] for rank in ranks if rank < self._rank_series] + name.over_ranks
+
+    @staticmethod
+    def _put(
+        values: dict[str, float],
+        name: _Name,
+        keys: list[str],
+        scope: int,
+        ranks: list[int],
+        column: Sequence[float],
+    ) -> None:
+        """Add the series of one name to a row. ``ranks`` are in order, so that those with a series come first."""
+        alone = len(name.reporters) == 1
+        if alone and scope == USER:
+            values[name.name] = column[0]
+            return
+        shown = len(keys) - len(OVER_RANKS)
+        if alone:
+            values.update(zip(keys, column[:shown], strict=False))
+            return
+        reduced, nonfinite = over_ranks(ranks, column)
+        if scope == USER:
+            values[name.name] = reduced[0]
+        values.update(zip(keys, (*column[:shown], *reduced), strict=False))
+        if nonfinite:
+            values[f"ranks/{name.name}/nonfinite"] = float(nonfinite)
 
     def _write_late(self, rank: int, scalars: Scalars) -> None:
         for key, value in scalars.values.items():
@@ -208,31 +296,26 @@ class Aggregator:
                 continue
             self.late += 1
             if rank < self._rank_series:
-                self._emit(scalars.step, scalars.time_ns, {name.of_rank(rank): value})
+                self._emit(scalars.step, scalars.time_ns, {name[rank]: value})
 
 
-def over_ranks(by_rank: dict[int, float]) -> dict[str, float]:
-    """Mean, min, max, p95 (nearest rank) and the rank of the maximum, over the finite values.
+def over_ranks(ranks: Sequence[int], column: Sequence[float]) -> tuple[list[float], int]:
+    """The values of :data:`OVER_RANKS` over those that are finite, and how many are not; only NaN where none is.
 
-    ``nonfinite`` counts the ranks that reported NaN or infinity, where there are any.
+    Args:
+        ranks: in order.
+        column: the value of each.
     """
-    ordered = sorted(by_rank.values())
-    total, bad = sum(ordered), 0
-    if not math.isfinite(total):
-        ordered = sorted(filter(math.isfinite, by_rank.values()))
-        bad = len(by_rank) - len(ordered)
+    ordered = sorted(column)
+    total, nonfinite = sum(ordered), 0
+    if not isfinite(total):
+        ordered = sorted(filter(isfinite, column))
+        nonfinite = len(column) - len(ordered)
         if not ordered:
-            return {"mean": math.nan, "nonfinite": float(bad)}
+            return [math.nan], nonfinite
         total = sum(ordered)
     count, highest = len(ordered), ordered[-1]
-    reduced = {
-        # The sum may overflow although no value does.
-        "mean": total / count if math.isfinite(total) else sum(value / count for value in ordered),
-        "min": ordered[0],
-        "max": highest,
-        "p95": ordered[math.ceil(0.95 * count) - 1],
-        "argmax": float(min([rank for rank, value in by_rank.items() if value == highest])),
-    }
-    if bad:
-        reduced["nonfinite"] = float(bad)
-    return reduced
+    # The sum may overflow although no value does.
+    mean = total / count if isfinite(total) else sum(value / count for value in ordered)
+    p95 = ordered[count - count // 20 - 1]
+    return [mean, ordered[0], highest, p95, float(ranks[column.index(highest)])], nonfinite

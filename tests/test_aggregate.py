@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from swanlab_ray.actors import aggregate
-from swanlab_ray.actors.aggregate import DEADLINE_S, Aggregator, over_ranks
+from swanlab_ray.actors.aggregate import DEADLINE_S, Aggregator
 from swanlab_ray.actors.protocol import JOB, RANK, USER, Scalars
 
 
@@ -25,6 +28,15 @@ class Written:
 
     def log(self, rank: int, step: int, scope: int = USER, now: float = 0.0, **values: float) -> None:
         self.aggregator.add(rank, Scalars(step, 1, scope, values), now)
+
+
+def over_ranks(*values: float) -> dict[str, float]:
+    """What is written of a name over ranks."""
+    written = Written(world=len(values))
+    for rank, value in enumerate(values):
+        written.log(rank, 1, x=value)
+    prefix = "ranks/x/"
+    return {name.removeprefix(prefix): steps[1] for name, steps in written.values.items() if name.startswith(prefix)}
 
 
 def test_a_step_is_written_when_every_rank_has_reported_it() -> None:
@@ -111,7 +123,7 @@ def test_waiting_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_huge_values_do_not_overflow() -> None:
-    assert over_ranks({0: 1.5e308, 1: 1.5e308})["mean"] == 1.5e308
+    assert over_ranks(1.5e308, 1.5e308)["mean"] == 1.5e308
 
 
 def test_ranks_that_have_not_arrived_are_waited_for() -> None:
@@ -144,15 +156,41 @@ def test_single_series_up_to_the_limit(limit: int, series: set[str]) -> None:
 
 
 def test_reduction_over_ranks() -> None:
-    reduced = over_ranks({rank: float(rank) for rank in range(100)})
+    reduced = over_ranks(*(float(rank) for rank in range(100)))
     assert reduced == {"mean": 49.5, "min": 0.0, "max": 99.0, "p95": 94.0, "argmax": 99.0}
 
 
 def test_nan_of_one_rank_does_not_hide_the_others() -> None:
-    reduced = over_ranks({0: 1.0, 1: math.nan, 2: 3.0})
+    reduced = over_ranks(1.0, math.nan, 3.0)
     assert (reduced["mean"], reduced["max"], reduced["argmax"], reduced["nonfinite"]) == (2.0, 3.0, 2.0, 1.0)
-    assert math.isnan(over_ranks({0: math.nan})["mean"])
+    reduced = over_ranks(math.nan, math.inf)
+    assert reduced.keys() == {"mean", "nonfinite"}
+    assert math.isnan(reduced["mean"])
 
 
 def test_argmax_of_equals_is_the_lowest_rank() -> None:
-    assert over_ranks({0: 2.0, 1: 2.0})["argmax"] == 0.0
+    assert over_ranks(2.0, 2.0)["argmax"] == 0.0
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.integers(0, 3),
+            st.dictionaries(st.sampled_from("abc"), st.floats(allow_nan=False, allow_infinity=False), min_size=1),
+        )
+    )
+)
+def test_values_logged_in_one_call_and_one_by_one_are_the_same(calls: list[tuple[int, int, dict[str, float]]]) -> None:
+    def written(parts: Callable[[dict[str, float]], list[dict[str, float]]]) -> list[tuple[int, str, float]]:
+        rows: list[tuple[int, str, float]] = []
+        aggregator = Aggregator(lambda step, _, row: rows.extend((step, *item) for item in row.items()), 16)
+        aggregator.set_ranks({0, 1, 2}, 0)
+        for rank, step, values in calls:
+            for part in parts(values):
+                aggregator.add(rank, Scalars(step, 1, USER, part), 0.0)
+        aggregator.flush()
+        return sorted(rows)
+
+    assert written(lambda values: [values]) == written(lambda values: [{key: values[key]} for key in values])
