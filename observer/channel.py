@@ -64,6 +64,8 @@ RETRY_S = (0.2, 5.0)
 """First and longest pause between two attempts to connect."""
 UNREACHABLE_S = 20.0
 """How long ``finish()`` tries to reach a writer that is not there."""
+SLACK_S = 5.0
+"""What the flusher may take beyond the deadline, since Ray's own calls have theirs; then it stands still."""
 
 
 class Link(Protocol):
@@ -151,6 +153,8 @@ class Channel:
         self._window: deque[_Batch] = deque()
         self._in_window = 0  # events in it that are not in the spool as well
         self._moving = threading.Lock()  # held while events change place, so that counts add up; never by put()
+        self._spooling = threading.RLock()  # held by who is at the spool
+        self._rescued = False
         self._next_seq = 0
         self._acknowledged = 0
         self._dropped: dict[str, int] = {}
@@ -221,13 +225,22 @@ class Channel:
         """Wait for a :meth:`finish` that is under way or over, and let it take no longer; returns what that does."""
         self._deadline = min(self._deadline, time.monotonic() + timeout)
         self._wake.set()
-        # Ray's own calls have deadlines; the slack lets the flusher notice its own first.
-        self.done.wait(timeout + 5.0)
+        if not self.done.wait(timeout + SLACK_S):
+            self._rescue()
         statistics = self.statistics()
-        if statistics.waiting and not self.done.is_set():
-            waiting = _events(statistics.waiting)
-            logger.warning("%s of this rank not sent: the thread that sends stands still.", waiting)
         return self.done.is_set() and statistics.acknowledged == statistics.logged
+
+    def _rescue(self) -> None:
+        """Put aside in place of the flusher, which stands still: in a lock that a fork left behind, or a hung call."""
+        if not self._spooling.acquire(timeout=SLACK_S):  # it is the disk that hangs
+            logger.warning("%s of this rank not sent, nor put on disk in time.", _events(self.statistics().waiting))
+            return
+        try:
+            self.last_error = "the thread that sends stands still"
+            self._put_aside()
+            self._rescued = True
+        finally:
+            self._spooling.release()
 
     def statistics(self) -> ChannelStatistics:
         """Counts so far."""
@@ -252,7 +265,7 @@ class Channel:
     def _work(self) -> None:
         try:
             pause = RETRY_S[0]
-            while True:
+            while not self._rescued:
                 try:
                     if not self._connected:
                         self._connect()
@@ -289,7 +302,9 @@ class Channel:
         except BaseException:
             logger.warning("The observer of this rank stopped; the training goes on.\n%s", traceback.format_exc())
         finally:
-            self._put_aside()
+            with self._spooling:
+                if not self._rescued:
+                    self._put_aside()
             self._leave()
             self.done.set()
 
@@ -314,7 +329,8 @@ class Channel:
             return False
         if not self._out_of_time():
             return False
-        self._put_aside()
+        with self._spooling:
+            self._put_aside()
         self._say_goodbye()
         return True
 
@@ -358,7 +374,8 @@ class Channel:
         with self._moving:
             self._take_from_queue()
         while self._unsent_bytes > UNSENT_BYTES:
-            self._spill()
+            with self._spooling:
+                self._spill()
         if self._dropped or self._overflowed:
             reason = OVERFLOW if self._overflowed else next(iter(self._dropped))
             warn_once("dropped", f"Events of this rank are dropped: {reason}.")
@@ -396,9 +413,8 @@ class Channel:
                 size += len(events[-1])
             self._unsent_bytes -= size
             self._in_window += len(events)
-        batch = _Batch(self._next_seq, len(events), encode_batch(events))
-        self._next_seq += 1
-        return batch
+            seq, self._next_seq = self._next_seq, self._next_seq + 1
+        return _Batch(seq, len(events), encode_batch(events))
 
     def _spill(self) -> None:
         """Put the oldest unsent events on disk; drop them if there is no room."""
@@ -437,7 +453,8 @@ class Channel:
         while len(self._window) < WINDOW:
             if self._spool is not None and self._spool.unread:
                 try:
-                    seq, events, data = self._spool.read()
+                    with self._spooling:
+                        seq, events, data = self._spool.read()
                 except OSError as error:
                     seq, lost = self._spool.give_up_first()
                     events, data = 0, encode_batch([])  # its number is still waited for
@@ -480,7 +497,8 @@ class Channel:
                     self._spool.events -= batch.events
                 self._acknowledged += batch.events
             if batch.spooled and self._spool is not None:
-                self._spool.acknowledged(batch.seq + 1)
+                with self._spooling:
+                    self._spool.acknowledged(batch.seq + 1)
 
     def _show_life(self, now: bool) -> None:
         """Send a sign of life when it is due, or ``now`` for the sake of its answer, which says what is on disk."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,38 @@ def test_a_spool_is_sent_after_a_reconnection_with_nothing_else_under_way(
     link.cut = False
     assert observer.finish()
     assert steps_of(cluster) == list(range(500))
+
+
+@pytest.mark.parametrize("where", ["open", "acknowledged"])
+def test_a_thread_that_stands_still_costs_no_event(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Seen once: a lock that a fork handler had left behind. Whoever finishes puts aside in the flusher's place."""
+    monkeypatch.setattr(channel_module, "SLACK_S", 0.1)
+    held, reached = threading.Event(), threading.Event()
+
+    class Standing(Link):
+        def __getattribute__(self, name: str) -> Any:
+            if name == where and not held.is_set():
+                reached.set()
+                held.wait(60)
+            return super().__getattribute__(name)
+
+    cluster = Cluster(settings_for(tmp_path))
+    if where == "open":  # somebody else is the writer's first rank
+        cluster.find()
+    observer = rank(cluster, Standing(cluster))
+    for step in range(3000):
+        observer.log({"x": step}, step)
+    assert reached.wait(10)
+    assert not observer.finish(timeout=0.1)
+    statistics = observer.statistics()
+    assert statistics.logged == 3000 == statistics.acknowledged + statistics.spooled
+    assert "stands still" in caplog.text
+    held.set()  # it goes on after all: nothing is there twice, nothing is told twice
+    assert observer._channel.done.wait(10)
+    assert caplog.text.count("did not reach the writer") == 1
+    assert steps_of(cluster) == list(range(3000))
 
 
 def test_a_writer_that_is_restarted_while_the_disk_refuses_reads_the_history(
