@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from swanlab_ray.actors.completions import TABLE
 from swanlab_ray.actors.protocol import State
-from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.settings import ObserverSettings, tidy_environment
 from swanlab_ray.actors.sink import Row, brief
 from swanlab_ray.actors.tables import Table, as_charts
 
@@ -79,11 +78,11 @@ class CloudExperiment:
         from swanlab.sdk.internal.pkg import helper
         from swanlab.utils.time import parse_resp_timestamp_s
 
-        os.environ.pop("SWANLAB_PROJECT", None)  # SwanLab fails on it
+        tidy_environment()
         ours = self._settings
         hosts = {"api_host": ours.api_host, "web_host": ours.web_host}
         key = {"api_key": ours.api_key.get_secret_value()} if ours.api_key else {}
-        resolved = Settings(**key, **{name: host for name, host in hosts.items() if host})
+        resolved = Settings(mode="online", **key, **{name: host for name, host in hosts.items() if host})
         if not resolved.api_key:
             raise NoKey("no API key was provided: set SWANLAB_API_KEY, or run `swanlab login` on this machine")
         if not _reachable(resolved.api_host):  # SwanLab would say that the key is wrong, after 15 s

@@ -19,6 +19,13 @@ LARK_WEBHOOK = re.compile(r"https?://[^/\s]+/open-apis/bot/(v2/)?hook/[\w-]+/?")
 MODES = ("cloud", "local", "offline", "disabled")
 
 
+def tidy_environment() -> None:
+    """Remove variables that SwanLab's client would fail on: its project's name, and whatever is empty."""
+    for name, value in list(os.environ.items()):
+        if name == "SWANLAB_PROJECT" or (name.startswith("SWANLAB_") and not value.strip()):
+            del os.environ[name]
+
+
 class SettingsError(ValueError):
     """A setting is wrong. The message is one sentence: what, which value, what to do."""
 

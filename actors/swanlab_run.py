@@ -7,7 +7,6 @@ writes a new one from the journal's beginning, and removes the incomplete ones w
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
 import sqlite3
@@ -21,7 +20,7 @@ from typing import Any
 
 from swanlab_ray.actors.completions import TABLE
 from swanlab_ray.actors.protocol import State
-from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.settings import ObserverSettings, tidy_environment
 from swanlab_ray.actors.sink import FINISH_DEADLINE_S, Sink
 from swanlab_ray.actors.tables import as_charts, as_texts
 
@@ -52,8 +51,7 @@ class SwanLabRun(Sink):
         super().__init__(settings.mode, notice, on_open)
 
     def _open(self) -> None:
-        # SwanLab fails on this variable, and would read a stray .env of the directory Ray starts workers in.
-        os.environ.pop("SWANLAB_PROJECT", None)
+        tidy_environment()
         import swanlab
 
         try:

@@ -19,7 +19,9 @@ class CpuPlugin(BasePlugin):
 
             class Scaling(ray.train.ScalingConfig):
                 def __init__(self, **values: Any) -> None:
-                    super().__init__(**values | {"use_gpu": False, "resources_per_worker": {"CPU": 1}})
+                    resources = {"CPU": 1} | (values.pop("resources_per_worker", None) or {})
+                    resources.pop("GPU", None)
+                    super().__init__(**values | {"use_gpu": False, "resources_per_worker": resources})
 
             ray.train.ScalingConfig = Scaling
 

@@ -98,6 +98,17 @@ def test_every_point_once_with_its_time_and_the_end(tmp_path: Path, cloud: SwanL
     assert not list(tmp_path.glob("run-*"))  # the journal is the backup
 
 
+def test_variables_that_swanlab_s_client_would_fail_on(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SWANLAB_MODE": "", "SWANLAB_RUN_ID": " ", "SWANLAB_PROJECT": "p"}.items():
+        monkeypatch.setenv(name, value)
+    job = Job(tmp_path)
+    job.log(range(2))
+    assert job.finish().notices == []
+    assert cloud.only().points == expected(range(2))
+
+
 def test_a_crash_is_told_with_its_reason(tmp_path: Path, cloud: SwanLabCloud) -> None:
     job = Job(tmp_path)
     job.log(range(3))

@@ -20,17 +20,17 @@ if find_spec("axolotl") is None:
 
 from swanlab_ray.actors.history import find_runs
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
-from swanlab_ray.observer import archive, current, notices, transcripts
+from swanlab_ray.observer import archive, current, notices, sync, transcripts
 from swanlab_ray.observer.identity import Identity
 from swanlab_ray.plugin import SwanLabRayPlugin, driver
 from swanlab_ray.plugin.args import KEYS, SwanLabRayArgs, settings_from
 from tests import axolotl_files, rlhf
 from tests.axolotl_files import BATCH, PLUGIN, STEPS
-from tests.conftest import Launch, SharedCluster, wait_until
+from tests.conftest import Launch, wait_until
 from tests.incarnations import Cluster, Link, mortal
 from tests.lark_bot import SECRET, TOKEN, LarkGroup, texts
 from tests.swanlab_cloud import KEY, SwanLabCloud
-from tests.swanlab_file import RunFile, only_run
+from tests.swanlab_file import RunFile, ended_run, only_run
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "cluster_configs" / "axolotl").glob("*.yaml"))
@@ -103,9 +103,30 @@ def rows_in(log_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "dpo", "kto", "orpo", "grpo"])
-def test_a_training(train: Run, axolotl: Path, algorithm: str) -> None:
-    """Metrics, configuration, spans and rows of completions in one run that ended well."""
-    run = train(algorithm)
+def test_a_training(train: Run, axolotl: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics, configuration, spans and rows of completions in one run that ended well: in SwanLab's file, the journal,
+    the group, and the cloud it is brought to."""
+    with LarkGroup() as group:
+        run = train(algorithm, swanlab_lark_webhook_url=group.url, swanlab_lark_secret=SECRET)
+        wait_until(lambda: len(group.cards) >= 2)
+    assert group.titles() == ["Training started", "Training complete"]
+    assert f"{STEPS}/{STEPS}" in texts(group.cards[-1])
+    check_training(run, rows_in(axolotl / "swanlog"), algorithm)
+    with SwanLabCloud() as cloud:
+        for name, value in cloud.environment().items():
+            monkeypatch.setenv(name, value)
+        sync(axolotl / "swanlog")
+        experiment = cloud.only()
+    assert experiment.state == "FINISHED"
+    assert {name: steps.keys() for name, steps in experiment.points.items()} == {
+        name: steps.keys() for name, steps in run.scalars.items()
+    }
+    assert experiment.points["train/loss"] == run.scalars["train/loss"]
+    assert experiment.media.keys() == run.media.keys()
+    assert experiment.profile["config"]["axolotl_yaml"]["value"] == run.config["axolotl_yaml"]
+
+
+def check_training(run: RunFile, rows: list[dict[str, Any]], algorithm: str) -> None:
     assert run.state == "finished"
     for name in ("loss", "learning_rate", "grad_norm", "epoch", "global_step"):
         assert {*range(1, STEPS + 1)} <= run.scalars[f"train/{name}"].keys()
@@ -121,7 +142,6 @@ def test_a_training(train: Run, axolotl: Path, algorithm: str) -> None:
     assert config["parallelism"]["world_size"] == 1
     assert config["datasets"]["train"] >= 16
     assert config["max_steps"] == STEPS
-    rows = rows_in(axolotl / "swanlog")
     assert len(rows) == (0 if algorithm == "sft" else STEPS * BATCH)
     assert {row["algorithm"] for row in rows} <= {algorithm}
     assert len(run.table("rlhf_completions")) == len(rows)
@@ -449,9 +469,30 @@ if __name__ == "__main__":
     from axolotl.cli.train import do_cli
     do_cli(config={!r})
 """
+RAY_TRAIN = """
+if __name__ == "__main__":
+    import os
+    from axolotl.cli.train import do_cli
+    from ray.cluster_utils import Cluster
+    from swanlab_ray.observer.keeper import be_patient, leave_out_what_idles
+
+    be_patient()
+    leave_out_what_idles(dashboard=False)
+    machine = dict(num_cpus=2, object_store_memory=80 << 20, resources={{"machine": 1}})
+    cluster = Cluster(initialize_head=True, head_node_args=machine | {{"include_dashboard": False}})
+    cluster.add_node(**machine)
+    print("session:", cluster.head_node.get_session_dir_path())
+    os.environ["RAY_ADDRESS"] = cluster.address
+    try:
+        do_cli(config={!r})
+    finally:
+        import ray
+        ray.shutdown()
+        cluster.shutdown()
+"""
 
 
-def test_two_ranks_under_torchrun(launch: Launch, files: Path, tmp_path: Path, in_cluster: SharedCluster) -> None:
+def test_two_ranks_under_torchrun(launch: Launch, files: Path, tmp_path: Path) -> None:
     """One run, one start and one end in the group, rows of both ranks."""
     path = axolotl_files.config(files, tmp_path, "dpo")
     with LarkGroup() as group:
@@ -465,6 +506,22 @@ def test_two_ranks_under_torchrun(launch: Launch, files: Path, tmp_path: Path, i
     check_two_ranks(only_run(tmp_path / "swanlog"), tmp_path / "swanlog")
 
 
+def test_a_crash_of_a_rank_under_torchrun(launch: Launch, files: Path, tmp_path: Path) -> None:
+    path = axolotl_files.config(files, tmp_path, "sft", trainer_cls="tests.axolotl_trainers.CrashingTrainer")
+    with LarkGroup() as group:
+        done = launch(TRAIN.format(path), ranks=2, **QUIET | group.environment()).wait()
+        assert done.code == 1, done.output
+        wait_until(lambda: len(group.cards) >= 2)
+    assert group.titles() == ["Training started", "Training failed"]
+    assert "RuntimeError: boom" in texts(group.cards[1])
+    run = ended_run(tmp_path / "swanlog")
+    assert run.state == "crashed"
+    assert "RuntimeError: boom" in run.error
+    assert set(run.scalars["ranks/loss/mean"]) == {1, 2}
+    (archived,) = archive.load(tmp_path / "swanlog")
+    assert archived.state == "crashed"
+
+
 def check_two_ranks(run: RunFile, log_dir: Path) -> None:
     assert run.state == "finished"
     assert set(run.scalars["ranks/loss/mean"]) == {*range(1, STEPS + 1)}
@@ -476,18 +533,18 @@ def check_two_ranks(run: RunFile, log_dir: Path) -> None:
     }
 
 
-def test_two_workers_of_ray_train_and_no_secret_anywhere(
-    launch: Launch, files: Path, tmp_path: Path, in_cluster: SharedCluster
-) -> None:
-    """Into the cloud, with all secrets in the driver's YAML or environment."""
+def test_two_workers_of_ray_train_and_no_secret_anywhere(launch: Launch, files: Path, tmp_path: Path) -> None:
+    """On two nodes, into the cloud, with all secrets in the driver's YAML or environment."""
     with SwanLabCloud() as cloud, LarkGroup() as group:
         path = axolotl_files.config(
             files, tmp_path, "dpo",
-            use_ray=True, ray_num_workers=2, ray_run_name="test", resources_per_worker={"CPU": 1},
+            use_ray=True, ray_num_workers=2, ray_run_name="test", resources_per_worker={"CPU": 1, "machine": 1},
             swanlab_mode="cloud", swanlab_api_key=KEY, swanlab_api_host=cloud.url, swanlab_web_host=cloud.url,
             swanlab_lark_webhook_url=group.url, comet_api_key="c0met-key", observer_log_dir="relative",
         )  # fmt: skip
-        done = launch(TRAIN.format(path), ranks=0, **QUIET | {"SWANLAB_MODE": "", "SWANLAB_LARK_SECRET": SECRET}).wait()
+        done = launch(
+            RAY_TRAIN.format(path), ranks=0, **QUIET | {"SWANLAB_MODE": "", "SWANLAB_LARK_SECRET": SECRET}
+        ).wait()
         assert done.code == 0, done.output
         wait_until(lambda: len(group.cards) >= 2)
         experiment = cloud.only()
@@ -496,17 +553,21 @@ def test_two_workers_of_ray_train_and_no_secret_anywhere(
     assert experiment.state == "FINISHED"
     assert set(experiment.points["train/loss"]) == {*range(1, STEPS + 1)}
     assert "rlhf_completions" in experiment.media
-    printed = "".join(file.read_text() for file in (in_cluster.session_dir / "logs").glob("worker-*"))
+    (session,) = re.findall("^session: (.*)$", done.output, re.MULTILINE)
+    logs = Path(session) / "logs"
+    printed = "".join(file.read_text() for file in logs.glob("worker-*"))
     assert "SwanLab RLHF completion logging enabled for AxolotlDPOTrainer (type: dpo)" in printed
     (run,) = archive.load(tmp_path / "relative")
     assert run.state == "success"
+    arrivals = [life.arrived for lives in run.summary.ranks().values() for life in lives]
+    assert [arrived.local_rank for arrived in arrivals if arrived] == [0, 0]  # of two nodes
     rows = rows_in(tmp_path / "relative")
     assert {(row["step"], row["rank"]) for row in rows} == {
         (step, rank) for step in range(1, STEPS + 1) for rank in (0, 1)
     }
     Path(path).unlink()
     searched = 0
-    for directory in (tmp_path, in_cluster.session_dir / "logs"):
+    for directory in (tmp_path, logs):
         for file in directory.rglob("*"):
             if file.is_file():
                 searched += 1
