@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ ENVIRONMENT = {
 }
 LISTEN_PORT = "dashboard_agent_listen_port"
 AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", LISTEN_PORT)
+PORTS_FROM = 20_000
+"""Below, Ray has ports of its own."""
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
 
@@ -153,11 +157,19 @@ def _choose_ports(services: Any) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Ports that no connection is given by chance until the agents take them: a raylet dies of one that is taken."""
+    end = 32_768
+    with suppress(OSError, ValueError):
+        end = int(EPHEMERAL.read_text().split()[0])
+    candidates = range(PORTS_FROM, end) or range(PORTS_FROM, 65_536)
+    ports: list[int] = []
+    for port in random.sample(candidates, len(candidates)):
+        if len(ports) == count:
+            break
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("", port))
+            ports.append(port)
+    return ports
 
 
 def _sweep(own: Path) -> None:
