@@ -10,6 +10,7 @@ The order of a rank's events is: acknowledged, window, spool, unsent, queue.
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 import traceback
@@ -66,6 +67,8 @@ UNREACHABLE_S = 20.0
 """How long ``finish()`` tries to reach a writer that is not there."""
 SLACK_S = 5.0
 """What the flusher may take beyond the deadline, since Ray's own calls have theirs; then it stands still."""
+FRAMES_TOLD = 6
+"""Innermost functions that are named where it stands."""
 
 
 class Link(Protocol):
@@ -236,7 +239,9 @@ class Channel:
             logger.warning("%s of this rank not sent, nor put on disk in time.", _events(self.statistics().waiting))
             return
         try:
-            self.last_error = "the thread that sends stands still"
+            frame = sys._current_frames().get(self.thread.ident or 0)
+            calls = traceback.extract_stack(frame)[-FRAMES_TOLD:] if frame is not None else []
+            self.last_error = f"the thread that sends stands still: {' < '.join(call.name for call in calls[::-1])}"
             self._put_aside()
             self._rescued = True
         finally:

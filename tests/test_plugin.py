@@ -559,8 +559,6 @@ def test_two_workers_of_ray_train_and_no_secret_anywhere(launch: Launch, files: 
     assert "SwanLab RLHF completion logging enabled for AxolotlDPOTrainer (type: dpo)" in printed
     (run,) = archive.load(tmp_path / "relative")
     assert run.state == "success"
-    arrivals = [life.arrived for lives in run.summary.ranks().values() for life in lives]
-    assert [arrived.local_rank for arrived in arrivals if arrived] == [0, 0]  # of two nodes
     rows = rows_in(tmp_path / "relative")
     assert {(row["step"], row["rank"]) for row in rows} == {
         (step, rank) for step in range(1, STEPS + 1) for rank in (0, 1)
