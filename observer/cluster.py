@@ -17,8 +17,8 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -229,25 +229,34 @@ def _start_keeper(directory: Path, dashboard: bool) -> None:
         if not nobody_holds(str(directory / "keeper")):
             return
         (directory / "cluster").unlink(missing_ok=True)  # of a keeper that was killed
+        options = [] if dashboard else ["--no-dashboard"]
         with open(directory / "keeper.log", "ab") as log:
-            keeper = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "swanlab_ray.observer.keeper",
-                    *([] if dashboard else ["--no-dashboard"]),
-                    str(directory),  # last: by it a keeper is found
+            # Not subprocess, which waits until a pipe is closed: a worker that the training forks meanwhile would keep
+            # that open for as long as it lives.
+            keeper = os.posix_spawn(
+                sys.executable,
+                [sys.executable, "-m", "swanlab_ray.observer.keeper", *options, str(directory)],  # found by the last
+                _keeper_environment() | _authentication(),
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, log.fileno(), 1),
+                    (os.POSIX_SPAWN_DUP2, log.fileno(), 2),
                 ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=_keeper_environment() | _authentication(),
                 # The launcher kills a rank's session; the cluster must outlive the rank that happened to start it.
-                start_new_session=True,
+                setsid=True,
+                setsigmask=[],
+                setsigdef=[signal.SIGPIPE, signal.SIGTERM],
             )
         deadline = time.monotonic() + START_DEADLINE_S
-        while nobody_holds(str(directory / "keeper")) and keeper.poll() is None and time.monotonic() < deadline:
+        while nobody_holds(str(directory / "keeper")) and _lives(keeper) and time.monotonic() < deadline:
             time.sleep(0.02)
+
+
+def _lives(child: int) -> bool:
+    try:
+        return os.waitpid(child, os.WNOHANG)[0] == 0
+    except ChildProcessError:  # it has ended, and somebody else has asked
+        return False
 
 
 def _keeper_environment() -> dict[str, str]:

@@ -202,6 +202,10 @@ def _wait_until_unused(alive: Path) -> None:
 
 def main() -> None:
     directory = Path(sys.argv[-1])
+    for descriptor in map(int, os.listdir("/proc/self/fd")):  # of the rank: ports that NCCL and others listen on
+        if descriptor > 2:
+            with suppress(OSError):  # that of the listing
+                os.close(descriptor)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C is for the training; the cluster ends after it
     hold_lock(str(directory / "keeper"))
