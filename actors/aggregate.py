@@ -169,26 +169,31 @@ class Aggregator:
         calls, row.calls, row.shape = row.calls, {}, None
         for rank, scalars in calls.items():
             self._values -= len(scalars.values)
-            self._add_by_name(rank, scalars, row)
+            for key, value in scalars.values.items():
+                self._hold(rank, key, value, scalars, row)
+
+    def _hold(self, rank: int, key: str, value: float, scalars: Scalars, row: _Row) -> _Waiting:
+        waiting = row.names.get(key)
+        if waiting is None:
+            waiting = row.names[key] = _Waiting(scalars.scope, scalars.time_ns, self._name(key))
+        if rank not in waiting.by_rank:
+            self._values += 1
+        waiting.by_rank[rank] = value
+        waiting.time_ns = max(waiting.time_ns, scalars.time_ns)
+        return waiting
 
     def _add_by_name(self, rank: int, scalars: Scalars, row: _Row) -> None:
-        names, time_ns = row.names, scalars.time_ns
         complete: list[_Waiting] = []
+        late: dict[str, float] = {}
         for key, value in scalars.values.items():
-            waiting = names.get(key)
-            if waiting is None:
-                if key in row.written:
-                    self._write_late(rank, Scalars(scalars.step, time_ns, scalars.scope, {key: value}))
-                    continue
-                waiting = names[key] = _Waiting(scalars.scope, time_ns, self._name(key))
-            if rank not in waiting.by_rank:
-                self._values += 1
-            waiting.by_rank[rank] = value
-            waiting.time_ns = max(waiting.time_ns, time_ns)
-            if self._complete(waiting.by_rank):
-                complete.append(names.pop(key))
+            if key in row.written and key not in row.names:
+                late[key] = value
+            elif self._complete(self._hold(rank, key, value, scalars, row).by_rank):
+                complete.append(row.names.pop(key))
                 row.written.add(key)
         self._write_names(scalars.step, complete)
+        if late:
+            self._write_late(rank, Scalars(scalars.step, scalars.time_ns, scalars.scope, late))
 
     def passed(self, rank: int, step: int) -> None:
         """A rank is at this step, whatever it has logged: it is done with those before."""

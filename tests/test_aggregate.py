@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -126,6 +127,17 @@ def test_huge_values_do_not_overflow() -> None:
     assert over_ranks(1.5e308, 1.5e308)["mean"] == 1.5e308
 
 
+def test_what_ranks_had_logged_before_they_left_is_reduced_together() -> None:
+    written = Written(world=3)
+    written.log(0, 5, x=0.0)
+    written.log(1, 5, x=10.0)
+    written.aggregator.set_ranks({0}, 0)
+    written.log(0, 5, y=1.0)
+    written.aggregator.flush()
+    assert written.values["x"] == {5: 5.0}
+    assert written.aggregator.late == 0
+
+
 def test_ranks_that_have_not_arrived_are_waited_for() -> None:
     written = Written(world=1, missing=1)
     written.log(0, 1, x=1.0)
@@ -172,25 +184,47 @@ def test_argmax_of_equals_is_the_lowest_rank() -> None:
     assert over_ranks(2.0, 2.0)["argmax"] == 0.0
 
 
-@settings(deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(0, 2),
-            st.integers(0, 3),
-            st.dictionaries(st.sampled_from("abc"), st.floats(allow_nan=False, allow_infinity=False), min_size=1),
-        )
-    )
+OPERATIONS = st.one_of(
+    st.tuples(
+        st.integers(0, 2),
+        st.integers(0, 3),
+        st.sampled_from([USER, RANK]),
+        st.dictionaries(st.sampled_from("abc"), st.floats(allow_nan=False, allow_infinity=False), min_size=1),
+    ),
+    st.sets(st.integers(0, 2), min_size=1),
+    st.sampled_from(["tick", "late tick", "again", "rewind"]),
 )
-def test_values_logged_in_one_call_and_one_by_one_are_the_same(calls: list[tuple[int, int, dict[str, float]]]) -> None:
-    def written(parts: Callable[[dict[str, float]], list[dict[str, float]]]) -> list[tuple[int, str, float]]:
+
+
+@settings(deadline=None)
+@given(st.lists(OPERATIONS, max_size=30))
+def test_values_logged_in_one_call_and_one_by_one_are_the_same(operations: list[Any]) -> None:
+    """Whatever else happens: ranks leave and come, steps are closed, a rank begins anew, names are forgotten."""
+
+    def written(
+        parts: Callable[[dict[str, float]], list[dict[str, float]]],
+    ) -> tuple[list[tuple[int, str, float]], int, int]:
         rows: list[tuple[int, str, float]] = []
         aggregator = Aggregator(lambda step, _, row: rows.extend((step, *item) for item in row.items()), 16)
         aggregator.set_ranks({0, 1, 2}, 0)
-        for rank, step, values in calls:
-            for part in parts(values):
-                aggregator.add(rank, Scalars(step, 1, USER, part), 0.0)
+        for operation in operations:
+            match operation:
+                case (rank, step, scope, values):
+                    for part in parts({f"{key}{scope}": value for key, value in values.items()}):
+                        aggregator.add(rank, Scalars(step, 1, scope, part), 0.0)
+                case set():
+                    aggregator.set_ranks(operation, 0)
+                case "again":
+                    aggregator.restart_rank(0)
+                case "rewind":
+                    aggregator.rewind(1)
+                case _:
+                    aggregator.tick(0.0 if operation == "tick" else DEADLINE_S)
         aggregator.flush()
-        return sorted(rows)
+        return sorted(rows), aggregator.late, aggregator._values
 
-    assert written(lambda values: [values]) == written(lambda values: [{key: values[key]} for key in values])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aggregate, "SHAPES", 2)
+        together = written(lambda values: [values])
+        assert together == written(lambda values: [{key: values[key]} for key in values])
+    assert together[2] == 0
