@@ -15,8 +15,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -104,6 +104,10 @@ class ChannelStatistics:
     """Times the connection was opened again."""
 
 
+class _Rescued(BaseException):
+    """Somebody else has put aside what there was: the flusher ends."""
+
+
 @dataclass(slots=True)
 class _Batch:
     seq: int
@@ -156,8 +160,9 @@ class Channel:
         self._window: deque[_Batch] = deque()
         self._in_window = 0  # events in it that are not in the spool as well
         self._moving = threading.Lock()  # held while events change place, so that counts add up; never by put()
-        self._spooling = threading.RLock()  # held by who is at the spool
+        self._owned = threading.Lock()  # held by who may change anything here: the flusher, but while it is _away()
         self._rescued = False
+        self._reading = False  # a value is being read, perhaps from a GPU that hangs
         self._next_seq = 0
         self._acknowledged = 0
         self._dropped: dict[str, int] = {}
@@ -228,24 +233,52 @@ class Channel:
         """Wait for a :meth:`finish` that is under way or over, and let it take no longer; returns what that does."""
         self._deadline = min(self._deadline, time.monotonic() + timeout)
         self._wake.set()
-        if not self.done.wait(timeout + SLACK_S):
+        if not self._rescued and not self.done.wait(timeout + SLACK_S):
             self._rescue()
         statistics = self.statistics()
         return self.done.is_set() and statistics.acknowledged == statistics.logged
 
     def _rescue(self) -> None:
         """Put aside in place of the flusher, which stands still: in a lock that a fork left behind, or a hung call."""
-        if not self._spooling.acquire(timeout=SLACK_S):  # it is the disk that hangs
+        if not self._owned.acquire(timeout=SLACK_S):  # it is the disk that hangs
             logger.warning("%s of this rank not sent, nor put on disk in time.", _events(self.statistics().waiting))
             return
         try:
+            if self._rescued or self.done.is_set():
+                return
+            self._rescued = True
             frame = sys._current_frames().get(self.thread.ident or 0)
             calls = traceback.extract_stack(frame)[-FRAMES_TOLD:] if frame is not None else []
             self.last_error = f"the thread that sends stands still: {' < '.join(call.name for call in calls[::-1])}"
             self._put_aside()
-            self._rescued = True
+        except Exception:
+            logger.warning("This rank's events could not be put aside.\n%s", traceback.format_exc())
         finally:
-            self._spooling.release()
+            self._owned.release()
+
+    @contextmanager
+    def _away(self) -> Iterator[None]:
+        """Around what may take long. When the flusher is back somebody else may have put everything aside."""
+        if threading.current_thread() is not self.thread:
+            yield
+            return
+        self._owned.release()
+        try:
+            yield
+        finally:
+            self._owned.acquire()
+            if self._rescued:
+                raise _Rescued
+
+    def _sleep(self, seconds: float) -> None:
+        with self._away():
+            time.sleep(seconds)
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, unless there is something to do."""
+        with self._away():
+            self._wake.wait(seconds)
+        self._wake.clear()
 
     def statistics(self) -> ChannelStatistics:
         """Counts so far."""
@@ -269,8 +302,17 @@ class Channel:
 
     def _work(self) -> None:
         try:
+            with self._owned, suppress(_Rescued):
+                self._send()
+                self._put_aside()
+        finally:
+            self._leave()
+            self.done.set()
+
+    def _send(self) -> None:
+        try:
             pause = RETRY_S[0]
-            while not self._rescued:
+            while True:
                 try:
                     if not self._connected:
                         self._connect()
@@ -278,16 +320,14 @@ class Channel:
                     if self._turn():
                         break
                     if self._goodbye is None and not self._more_to_send():
-                        self._wake.wait(self._interval)
-                        self._wake.clear()
+                        self._pause(self._interval)
                 except RunOver as error:
                     if self._said_goodbye and not self.statistics().waiting:
                         break  # only the answer to the goodbye was lost
                     self._connected, self._beat, self.last_error = False, None, str(error)
                     if time.monotonic() >= min(self._deadline, self._finishing + UNREACHABLE_S):
                         break
-                    self._wake.wait(RETRY_S[0])
-                    self._wake.clear()
+                    self._pause(RETRY_S[0])
                 except Exception as error:  # a broken link, or anything unforeseen: this thread must not end
                     self._connected = False
                     self._beat = None
@@ -301,17 +341,15 @@ class Channel:
                     if time.monotonic() >= min(self._deadline, self._finishing + UNREACHABLE_S):
                         break
                     self._collect()
-                    self._wake.wait(pause) if self._goodbye is None else time.sleep(0.2)
-                    self._wake.clear()
+                    if self._goodbye is None:
+                        self._pause(pause)
+                    else:
+                        self._sleep(RETRY_S[0])
                     pause = min(pause * 2, RETRY_S[1])
+        except _Rescued:
+            raise
         except BaseException:
             logger.warning("The observer of this rank stopped; the training goes on.\n%s", traceback.format_exc())
-        finally:
-            with self._spooling:
-                if not self._rescued:
-                    self._put_aside()
-            self._leave()
-            self.done.set()
 
     def _turn(self) -> bool:
         """One round: take events, send, collect acknowledgements. True when everything is said."""
@@ -328,14 +366,13 @@ class Channel:
             self._say_goodbye()
             return True
         if pressing and not any(batch.reference is not None for batch in self._window):
-            time.sleep(self._poll)  # for the disk, for room, or for a GPU
+            self._sleep(self._poll)  # for the disk, for room, or for a GPU
             self._poll = min(2 * self._poll, FLUSH_INTERVAL_S)
         if not finishing:
             return False
         if not self._out_of_time():
             return False
-        with self._spooling:
-            self._put_aside()
+        self._put_aside()
         self._say_goodbye()
         return True
 
@@ -345,7 +382,9 @@ class Channel:
     def _connect(self) -> None:
         spooled = self._spool.first if self._spool is not None else None
         unacknowledged = [seq for seq in (self._window[0].seq if self._window else None, spooled) if seq is not None]
-        answer = self._link.open(self._hello(min(unacknowledged, default=self._next_seq)))
+        hello = self._hello(min(unacknowledged, default=self._next_seq))
+        with self._away():
+            answer = self._link.open(hello)
         self._connected = True
         self._connections += 1
         self._heed(answer)
@@ -376,34 +415,56 @@ class Channel:
             warn_once(notice, notice)
 
     def _collect(self) -> None:
-        with self._moving:
-            self._take_from_queue()
+        self._take_from_queue()
         while self._unsent_bytes > UNSENT_BYTES:
-            with self._spooling:
-                self._spill()
+            self._spill()
         if self._dropped or self._overflowed:
             reason = OVERFLOW if self._overflowed else next(iter(self._dropped))
             warn_once("dropped", f"Events of this rank are dropped: {reason}.")
 
     def _take_from_queue(self) -> None:
         """Move events out of the training thread's deque."""
+        for _ in range(len(self.queue) + 1):
+            with self._moving:
+                deferred = self._take_encoded()
+            if deferred is None:
+                return
+            ready, event = True, None
+            if not self._reading:  # else the flusher stands still at it, and this is not the flusher
+                try:
+                    with self._away():
+                        self._reading = True
+                        ready = deferred.ready()
+                        event = deferred.encode() if ready else None
+                        self._reading = False
+                except Exception as error:  # perhaps the GPU has failed; the rank's own error is still to be sent
+                    self._reading = False
+                    warn_once("unread", f"A value could not be read: {error}")
+            if not ready:
+                return
+            with self._moving:
+                if not self.queue or self.queue[0] is not deferred:
+                    continue  # the training thread has dropped it, and counted it
+                self.queue.popleft()
+                if event is None:
+                    self._drop(UNREAD, 1)
+                else:
+                    self._unsent.append(event)
+                    self._unsent_bytes += len(event)
+
+    def _take_encoded(self) -> Deferred | None:
+        """Move what is encoded; returns the first that is not, which stays."""
         for _ in range(len(self.queue)):
             try:
                 event = self.queue.popleft()
             except IndexError:  # the training thread has just dropped it
                 break
             if isinstance(event, Deferred):
-                try:
-                    if not event.ready():
-                        self.queue.appendleft(event)
-                        break
-                    event = event.encode()
-                except Exception as error:  # perhaps the GPU has failed; the rank's own error is still to be sent
-                    self._drop(UNREAD, 1)
-                    warn_once("unread", f"A value could not be read: {error}")
-                    continue
+                self.queue.appendleft(event)
+                return event
             self._unsent.append(event)
             self._unsent_bytes += len(event)
+        return None
 
     def _drop(self, reason: str, events: int) -> None:
         self._dropped[reason] = self._dropped.get(reason, 0) + events
@@ -458,8 +519,7 @@ class Channel:
         while len(self._window) < WINDOW:
             if self._spool is not None and self._spool.unread:
                 try:
-                    with self._spooling:
-                        seq, events, data = self._spool.read()
+                    seq, events, data = self._spool.read()
                 except OSError as error:
                     seq, lost = self._spool.give_up_first()
                     events, data = 0, encode_batch([])  # its number is still waited for
@@ -476,11 +536,14 @@ class Channel:
             for batch in self._window:
                 if not batch.taken and batch.reference is None:
                     batch.sent = time.monotonic()
-                    batch.reference = self._link.ingest(self._rank, self._life, batch.seq, batch.events, batch.data)
+                    with self._away():
+                        reference = self._link.ingest(self._rank, self._life, batch.seq, batch.events, batch.data)
+                    batch.reference = reference
 
     def _read_answers(self, wait: float) -> None:
         for batch in [batch for batch in self._window if batch.reference is not None]:
-            answer = self._link.acknowledged(batch.reference, wait)
+            with self._away():
+                answer = self._link.acknowledged(batch.reference, wait)
             if answer is None:
                 if time.monotonic() - batch.sent > CALL_DEADLINE_S:
                     raise LinkBroken(f"The writer has not answered for {CALL_DEADLINE_S:.0f} s.")
@@ -502,14 +565,14 @@ class Channel:
                     self._spool.events -= batch.events
                 self._acknowledged += batch.events
             if batch.spooled and self._spool is not None:
-                with self._spooling:
-                    self._spool.acknowledged(batch.seq + 1)
+                self._spool.acknowledged(batch.seq + 1)
 
     def _show_life(self, now: bool) -> None:
         """Send a sign of life when it is due, or ``now`` for the sake of its answer, which says what is on disk."""
         moment = time.monotonic()
         if self._beat is not None:
-            answer = self._link.beaten(self._beat[0])
+            with self._away():
+                answer = self._link.beaten(self._beat[0])
             if answer is None:
                 if moment - self._beat[1] > CALL_DEADLINE_S:
                     raise LinkBroken(f"The writer has not answered for {CALL_DEADLINE_S:.0f} s.")
@@ -520,7 +583,10 @@ class Channel:
             self._heed(answer)
         if now or moment - self._last_beat >= BEAT_S:
             self._last_beat = moment
-            self._beat = (self._link.beat(Beat(self._rank, self._life, self._counted(), self._pulse.doing())), moment)
+            beat = Beat(self._rank, self._life, self._counted(), self._pulse.doing())
+            with self._away():
+                reference = self._link.beat(beat)
+            self._beat = (reference, moment)
 
     def _counted(self) -> Counted:
         statistics = self.statistics()
@@ -529,11 +595,14 @@ class Channel:
     def _say_goodbye(self) -> None:
         assert self._goodbye is not None
         self._said_goodbye = True
-        farewell = self._link.goodbye(self._goodbye(self._counted()), max(0.5, self._deadline - time.monotonic()))
+        goodbye = self._goodbye(self._counted())
+        with self._away():
+            farewell = self._link.goodbye(goodbye, max(0.5, self._deadline - time.monotonic()))
         self._show(farewell.notices)
         if farewell.last:
             with suppress(LinkBroken):  # everything is said; a restarted writer has no use for this rank
-                self.outcome = self._link.wait_closed(self._deadline)
+                with self._away():
+                    self.outcome = self._link.wait_closed(self._deadline)
                 self._show(self.outcome.notices[farewell.told :] if self.outcome else [])
 
     def _out_of_time(self) -> bool:

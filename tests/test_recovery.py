@@ -26,7 +26,7 @@ from swanlab_ray.observer import channel as channel_module
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.link import LinkBroken, RunOver
 from swanlab_ray.observer.spool import Spool
-from swanlab_ray.observer.values import encode
+from swanlab_ray.observer.values import Deferred, encode
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, MortalDisk, logged_in, mortal, rank, settings_for
 
@@ -87,10 +87,62 @@ def test_a_thread_that_stands_still_costs_no_event(
     statistics = observer.statistics()
     assert statistics.logged == 3000 == statistics.acknowledged + statistics.spooled
     assert "stands still: wait < wait" in caplog.text
-    held.set()  # it goes on after all: nothing is there twice, nothing is told twice
+    assert not observer.finish()  # at once, and nothing is told twice
+    held.set()  # it goes on after all: nothing is there twice
     assert observer._channel.done.wait(10)
     assert caplog.text.count("did not reach the writer") == 1
     assert steps_of(cluster) == list(range(3000))
+
+
+def test_a_thread_that_goes_on_while_its_events_are_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_module, "SLACK_S", 0.1)
+    monkeypatch.setattr(channel_module, "EVENTS_PER_BATCH", 50)
+    held, real = threading.Event(), Spool.put
+
+    class Standing(Link):
+        def acknowledged(self, reference: Any, wait: float) -> Any:
+            held.wait(60)
+            return super().acknowledged(reference, wait)
+
+    def put(self: Spool, *batch: Any) -> None:
+        held.set()
+        threading.Event().wait(0.01)  # a slow disk: the other thread is at its work meanwhile
+        real(self, *batch)
+
+    monkeypatch.setattr(Spool, "put", put)
+    cluster = Cluster(settings_for(tmp_path))
+    observer = rank(cluster, Standing(cluster))
+    for step in range(3000):
+        observer.log({"x": step}, step)
+    assert not observer.finish(timeout=0.1)
+    assert observer._channel.done.wait(10)
+    statistics = observer.statistics()
+    assert (statistics.logged, statistics.waiting, statistics.dropped) == (3000, 0, {})
+    assert steps_of(cluster) == list(range(3000))
+
+
+def test_a_value_that_is_never_read_holds_up_neither_the_end_nor_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "SLACK_S", 0.1)
+    held = threading.Event()
+
+    class OnDeadGpu(Deferred):
+        def ready(self) -> bool:
+            return held.wait(60)
+
+    observer = rank(cluster := Cluster(settings_for(tmp_path)), Link(cluster))
+    observer.log({"x": 0}, 0)
+    assert observer.flush(10)
+    observer.send(OnDeadGpu([], bytes))
+    observer.log({"x": 1}, 1)
+    assert not observer.finish(timeout=0.1)
+    statistics = observer.statistics()
+    assert (statistics.acknowledged, statistics.spooled) == (1, 1)
+    assert statistics.dropped == {channel_module.UNREAD: 1}
+    held.set()
+    assert observer._channel.done.wait(10)
+    assert steps_of(cluster) == [0, 1]
 
 
 def test_a_writer_that_is_restarted_while_the_disk_refuses_reads_the_history(
