@@ -34,6 +34,19 @@ START_DEADLINE_S = 300.0
 CONNECT_DEADLINE_S = 5.0
 
 
+_DETACH = """
+import os, sys
+os.setsid()
+for descriptor in map(int, os.listdir("/proc/self/fd")):
+    if descriptor > 2:
+        try: os.close(descriptor)
+        except OSError: pass
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""Leaves the rank's session, which the launcher kills, and what the rank has open, such as ports that NCCL listens on;
+the cluster must outlive the rank that happened to start it."""
+
+
 class NoCluster(ConnectionError):
     """There is no Ray to report to. The message says why and what to do."""
 
@@ -235,15 +248,14 @@ def _start_keeper(directory: Path, dashboard: bool) -> None:
             # that open for as long as it lives.
             keeper = os.posix_spawn(
                 sys.executable,
-                [sys.executable, "-m", "swanlab_ray.observer.keeper", *options, str(directory)],  # found by the last
+                # The directory comes last: by it a keeper is found.
+                [sys.executable, "-ISc", _DETACH, "-m", "swanlab_ray.observer.keeper", *options, str(directory)],
                 _keeper_environment() | _authentication(),
                 file_actions=[
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                     (os.POSIX_SPAWN_DUP2, log.fileno(), 1),
                     (os.POSIX_SPAWN_DUP2, log.fileno(), 2),
                 ],
-                # The launcher kills a rank's session; the cluster must outlive the rank that happened to start it.
-                setsid=True,
                 setsigmask=[],
                 setsigdef=[signal.SIGPIPE, signal.SIGTERM],
             )

@@ -42,8 +42,10 @@ ENVIRONMENT = {
 }
 LISTEN_PORT = "dashboard_agent_listen_port"
 AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", LISTEN_PORT)
-PORTS_FROM = 20_000
+PORTS = range(20_000, 65_536)
 """Below, Ray has ports of its own."""
+LAUNCHERS_PORTS = range(29_400, 29_600)
+"""torchrun and Accelerate meet at 29400, 29500 and those that follow."""
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
@@ -158,14 +160,16 @@ def _choose_ports(services: Any) -> None:
 
 def _free_ports(count: int) -> list[int]:
     """Ports that no connection is given by chance until the agents take them: a raylet dies of one that is taken."""
-    end = 32_768
+    first, last = 32_768, 60_999
     with suppress(OSError, ValueError):
-        end = int(EPHEMERAL.read_text().split()[0])
-    candidates = range(PORTS_FROM, end) or range(PORTS_FROM, 65_536)
+        first, last = map(int, EPHEMERAL.read_text().split())
+    quiet = [port for port in PORTS if port not in LAUNCHERS_PORTS and not first <= port <= last]
     ports: list[int] = []
-    for port in random.sample(candidates, len(candidates)):
+    for port in [*random.sample(quiet, len(quiet)), *random.sample(PORTS, len(PORTS))]:
         if len(ports) == count:
             break
+        if port in ports:
+            continue
         with socket.socket() as one, suppress(OSError):
             one.bind(("", port))
             ports.append(port)
@@ -202,10 +206,6 @@ def _wait_until_unused(alive: Path) -> None:
 
 def main() -> None:
     directory = Path(sys.argv[-1])
-    for descriptor in map(int, os.listdir("/proc/self/fd")):  # of the rank: ports that NCCL and others listen on
-        if descriptor > 2:
-            with suppress(OSError):  # that of the listing
-                os.close(descriptor)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C is for the training; the cluster ends after it
     hold_lock(str(directory / "keeper"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from swanlab_ray.observer import archive
+from swanlab_ray.observer import archive, keeper
 from tests.conftest import Launch, SharedCluster, run_forked
 from tests.swanlab_file import ended_run, only_run
 
@@ -50,6 +50,20 @@ TRAIN = """
     print("finish", observer.finish())
     sys.exit(7)
 """
+
+
+@pytest.mark.parametrize("ephemeral", ["32768 60999", "20002 65534", "1 65535", "", None])
+def test_ports_of_ray_s_agents_are_nobody_else_s(
+    ephemeral: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "range"
+    monkeypatch.setattr(keeper, "EPHEMERAL", file)
+    if ephemeral is not None:
+        file.write_text(ephemeral)
+    ports = keeper._free_ports(4)
+    assert len(set(ports)) == 4
+    if ephemeral == "32768 60999":
+        assert not any(29_400 <= port < 29_600 or 32_768 <= port <= 60_999 for port in ports)
 
 
 def test_losing_ray_does_not_change_the_training(launch: Launch, tmp_path: Path) -> None:
