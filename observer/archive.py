@@ -269,13 +269,14 @@ def latest_values(run: Run) -> dict[str, tuple[int, float]]:
 
 def runs_table(runs: list[Run]) -> Table:
     """A row per run."""
-    table = Table(box=box.ROUNDED, padding=(0, 1))
+    table = Table(box=box.ROUNDED, padding=0)
     for name in ("run", "project", "state", "started", "lasted", "ranks", "events", "size", "lost"):
         right = name in ("ranks", "events", "size", "lost", "lasted")
-        table.add_column(name, justify="right" if right else "left", no_wrap=name == "run")
+        folds = name in ("run", "project", "state", "started")
+        table.add_column(name, justify="right" if right else "left", no_wrap=not folds, overflow="fold")
     for run in runs:
         summary = run.summary
-        lost = sum(sum(account.dropped.values()) for account in run.accounts)
+        lost = sum(sum(account.dropped.values()) + account.missing for account in run.accounts)
         table.add_row(
             run.files.run_id,
             str(run.files.header.settings.get("project", "")),

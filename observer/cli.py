@@ -89,12 +89,18 @@ def status(run_id: str | None, as_json: bool) -> None:
             console.print(notice, markup=False)
 
 
+def _not_empty(context: click.Context, parameter: click.Parameter, text: str | None) -> str:
+    if text is not None and not text.strip():
+        raise click.BadParameter("it is empty: leave the option out, or name something.")
+    return text or ""
+
+
 def _log_dir(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--log-dir",
         envvar=["OBSERVER_LOG_DIR", "SWANLAB_LOG_DIR"],
         default="swanlog",
-        type=click.Path(path_type=Path),
+        callback=lambda context, parameter, text: Path(_not_empty(context, parameter, text)),
         help="Where runs are kept.  [default: OBSERVER_LOG_DIR or SWANLAB_LOG_DIR, else ./swanlog]",
     )(command)
 
@@ -356,8 +362,8 @@ def verify(paths: tuple[Path, ...]) -> None:
 
 @main.command(short_help="Upload runs from their journals.")
 @_paths
-@click.option("--project", help="SwanLab project.  [default: the run's]")
-@click.option("--workspace", help="SwanLab workspace.  [default: the run's]")
+@click.option("--project", callback=_not_empty, help="SwanLab project.  [default: the run's]")
+@click.option("--workspace", callback=_not_empty, help="SwanLab workspace.  [default: the run's]")
 def sync(paths: tuple[Path, ...], project: str | None, workspace: str | None) -> None:
     """Upload the runs at or under each PATH to SwanLab's cloud, each into one experiment, with its spools.
 

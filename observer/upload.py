@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from swanlab_ray.actors.cloud import CHUNK_SCALARS, CloudError, CloudExperiment, same
 from swanlab_ray.actors.history import Damaged, RunFiles, ending, find_runs, merged, summarise
 from swanlab_ray.actors.reduction import Reduction
-from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.settings import ObserverSettings, SettingsError
 from swanlab_ray.actors.sink import Row
 from swanlab_ray.actors.supersession import supersession
 from swanlab_ray.actors.tables import Table
@@ -58,8 +59,15 @@ def sync(*paths: str | Path, progress: Callable[[int, int], None] | None = None,
 
 def _sync_run(run: RunFiles, progress: Callable[[int, int], None] | None, overrides: dict[str, object]) -> Synced:
     summary = summarise(run.paths)
-    known = {name: value for name, value in run.header.settings.items() if name not in ("mode", "log_dir", "run_id")}
+    left_out = {"mode", "log_dir", "run_id"}
+    if any(os.environ.get(name) for name in ("SWANLAB_API_HOST", "SWANLAB_WEB_HOST")):
+        left_out |= {"api_host", "web_host"}  # the key of the environment is for these
+    known = {name: value for name, value in run.header.settings.items() if name not in left_out}
     settings = ObserverSettings(**(known | overrides | {"mode": "cloud", "log_dir": run.paths[0].parent}))
+    if not settings.project:
+        raise SettingsError(
+            f"The project of run '{run.run_id}' cannot be read from its journal: name it with --project."
+        )
     experiment = CloudExperiment(settings, run.run_id)
     experiment.open()
     upload = _Upload(experiment, lambda done: progress(done, summary.events) if progress else None)

@@ -43,6 +43,8 @@ def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.Comp
         (["demo", "--project", ""], "swanlab_project cannot be an empty string."),
         (["verify", ""], "'' is no path: name a journal, a run's directory, or a log directory."),
         (["sync", ""], "'' is no path"),
+        (["runs", "--log-dir", ""], "Invalid value for '--log-dir': it is empty"),
+        (["sync", "--project", "", "."], "Invalid value for '--project': it is empty"),
         (["demo", "--ranks", "0"], "0 is not in the range 1<=x<=64"),
         (["demo", "--steps", "many"], "'many' is not a valid integer"),
         (

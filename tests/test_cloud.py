@@ -14,6 +14,7 @@ from swanlab_ray.actors import cloud_run, reducer, sink
 from swanlab_ray.actors import writer as writer_module
 from swanlab_ray.actors.cloud import CloudError
 from swanlab_ray.actors.protocol import WriterStatus
+from swanlab_ray.actors.settings import SettingsError
 from swanlab_ray.observer import sync
 from swanlab_ray.observer.identity import Identity
 from swanlab_ray.observer.session import Observer
@@ -375,3 +376,35 @@ def test_no_secret_is_in_the_journal_or_a_notice(tmp_path: Path, cloud: SwanLabC
             assert KEY.encode() not in path.read_bytes()
             assert b"s3cret" not in path.read_bytes()
     assert KEY not in repr(status)
+
+
+def test_sync_goes_to_the_cloud_of_the_environment(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with its key to the one that the run has been in."""
+    job = Job(tmp_path, api_host=cloud.url, web_host=cloud.url)
+    job.log(range(3))
+    job.finish()
+    before = len(cloud.requests)
+    with SwanLabCloud() as other:
+        for name, value in other.environment().items():
+            monkeypatch.setenv(name, value)
+        sync(tmp_path)
+    assert other.only().points == cloud.only().points
+    assert len(cloud.requests) == before
+
+
+def test_sync_of_a_run_whose_head_is_damaged_asks_for_the_project(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    job = Job(tmp_path)
+    job.log(range(3))
+    job.finish()
+    points = cloud.only().points
+    (journal,) = (tmp_path / "observer" / "r").glob("journal-*.log")
+    content = bytearray(journal.read_bytes())
+    content[3] ^= 1
+    journal.write_bytes(content)
+    with pytest.raises(SettingsError, match="from its journal: name it with --project"):
+        sync(tmp_path)
+    cloud.experiments.clear()
+    sync(tmp_path, project="p")
+    assert cloud.only().points.keys() <= points.keys()
