@@ -7,11 +7,10 @@ series, and counted as late.
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite, nan
 from typing import Any
 
 from swanlab_ray.actors.protocol import JOB, RANK, USER, Scalars
@@ -202,7 +201,7 @@ class Aggregator:
 
     def tick(self, now: float) -> None:
         """Write the steps that every running rank has left behind, or that have waited too long. ``now`` as in add."""
-        reached = -1 if self._missing_ranks else min(self._reached.values(), default=math.inf)
+        reached = -1 if self._missing_ranks else min(self._reached.values(), default=inf)
         deadline = now - (JOIN_DEADLINE_S if self._missing_ranks else DEADLINE_S)
         for step in sorted(step for step, row in self._rows.items() if step < reached or row.since <= deadline):
             self._close(step)
@@ -317,7 +316,7 @@ def over_ranks(ranks: Sequence[int], column: Sequence[float]) -> tuple[list[floa
         ordered = sorted(filter(isfinite, column))
         nonfinite = len(column) - len(ordered)
         if not ordered:
-            return [math.nan], nonfinite
+            return [nan], nonfinite
         total = sum(ordered)
     count, highest = len(ordered), ordered[-1]
     # The sum may overflow although no value does.

@@ -270,9 +270,10 @@ def latest_values(run: Run) -> dict[str, tuple[int, float]]:
 def runs_table(runs: list[Run]) -> Table:
     """A row per run."""
     table = Table(box=box.ROUNDED, padding=0)
-    for name in ("run", "project", "state", "started", "lasted", "ranks", "events", "size", "lost"):
-        right = name in ("ranks", "events", "size", "lost", "lasted")
-        folds = name in ("run", "project", "state", "started")
+    for name in ("run", "project", "state", "started", "lasted", "ranks", "events", "lost"):
+        right = name in ("ranks", "events", "lost", "lasted")
+        # The run's id is there to be copied.
+        folds = name in ("project", "state", "started")
         table.add_column(name, justify="right" if right else "left", no_wrap=not folds, overflow="fold")
     for run in runs:
         summary = run.summary
@@ -285,7 +286,6 @@ def runs_table(runs: list[Run]) -> Table:
             _duration((summary.last_ns - summary.first_ns) / 1e9),
             str(summary.world_size),
             str(summary.events),
-            _size(summary.size),
             str(lost),
         )
     return table

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -377,8 +378,9 @@ def sync(paths: tuple[Path, ...], project: str | None, workspace: str | None) ->
     chosen = {name: value for name, value in {"project": project, "workspace": workspace}.items() if value}
     console = Console(highlight=False, stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]} scalars"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("uploading", total=None, done=0)
+    progress = Progress(*columns, TimeElapsedColumn(), console=console)
+    bar = progress.add_task("uploading", total=None, done=0)
+    with progress if console.is_terminal else nullcontext():
         synced = _guarded(
             lambda: uploads.sync(*paths, progress=lambda done, events: progress.update(bar, done=done), **chosen)
         )
