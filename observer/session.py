@@ -310,7 +310,7 @@ class Observer:
         Args:
             state: ``success``, ``crashed`` or ``aborted``.
             error: why, unless it was a success.
-            timeout: seconds after which it returns whatever happens.
+            timeout: seconds after which what is left is put on disk; it returns a few seconds later at the latest.
 
         Returns:
             Whether everything this rank logged is in the writer's journal.
