@@ -16,6 +16,7 @@ from typing import Any
 
 from swanlab_ray.actors import framing
 from swanlab_ray.actors.journal import Position, being_written, journal_files
+from swanlab_ray.actors.naming import is_run_id, run_id_of
 from swanlab_ray.actors.protocol import Outcome, State, decode_batch
 from swanlab_ray.actors.records import (
     Alert,
@@ -364,6 +365,8 @@ def find_runs(paths: list[Path]) -> list[RunFiles]:
         for candidate in candidates:
             header = read_header(candidate) or _header_by_name(candidate)
             if header is not None:
+                if not is_run_id(header.run_id):  # it is used as a name, and this file may be anybody's
+                    header = header.model_copy(update={"run_id": run_id_of(header.run_id)})
                 files.setdefault(header.run_id, {})[candidate.resolve()] = header
     runs = []
     for run_id, found in files.items():

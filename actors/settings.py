@@ -9,9 +9,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from swanlab_ray.actors import naming
 from swanlab_ray.actors.rules import parse
 
 LARK_WEBHOOK = re.compile(r"https?://[^/\s]+/open-apis/bot/(v2/)?hook/[\w-]+/?")
@@ -36,7 +46,15 @@ def _env(*names: str) -> Any:
 
 
 ProjectName = Annotated[str, StringConstraints(pattern=r"^[0-9a-zA-Z_\-+.]{1,100}$")]
-RunId = Annotated[str, StringConstraints(pattern=r'^[^<>:"/\\|?*#%\s]{1,64}$')]
+
+
+def _checked_run_id(value: str) -> str:
+    if not naming.is_run_id(value):
+        raise ValueError(f"Invalid run_id {value!r}: {naming.RUN_ID_RULE}")
+    return value
+
+
+RunId = Annotated[str, AfterValidator(_checked_run_id)]
 
 
 class ObserverSettings(BaseSettings):
@@ -204,6 +222,21 @@ class ObserverSettings(BaseSettings):
             raise ValueError("swanlab_project cannot be an empty string.")
         return value
 
+    @field_validator("project", "workspace")
+    @classmethod
+    def _part_of_an_address(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and (not value.strip(".") or re.search(r"[/\\?#%\s]", value)):
+            raise ValueError(f"Invalid {info.field_name} {value!r}: it is a part of an address, so write it as a name")
+        return value
+
+    @field_validator("experiment_name", "description", "workspace", "api_host", "web_host")
+    @classmethod
+    def _readable(cls, value: str | None, info: ValidationInfo) -> str | None:
+        wrong = naming.unprintable(value) if value is not None else None
+        if wrong is not None:
+            raise ValueError(f"Invalid {info.field_name} {value!r}: {wrong!r} in it is no text; remove it")
+        return value
+
     @field_validator("mode", mode="before")
     @classmethod
     def _known_mode(cls, value: Any) -> Any:
@@ -261,13 +294,18 @@ class ObserverSettings(BaseSettings):
     def _log_dir_not_empty(cls, value: Any) -> Any:
         if isinstance(value, str) and not value.strip():
             raise ValueError("Invalid log_dir: it is empty; name a directory, such as swanlog.")
-        return value
+        if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+            raise ValueError(f"Invalid log_dir {value!r}: name a directory as text, such as 'swanlog'.")
+        return Path(value)
 
     @field_validator("log_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         # The writer has another working directory than the rank.
-        return Path(os.path.abspath(value.expanduser()))
+        try:
+            return naming.absolute(value)
+        except ValueError as error:
+            raise ValueError(f"Invalid log_dir: {error}") from None
 
 
 def _is_webhook(url: str) -> bool:
@@ -283,14 +321,21 @@ def check_writable(log_dir: Path) -> None:
     Raises:
         SettingsError: names the path and the reason.
     """
-    nearest = log_dir
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    reason = None
-    if not nearest.is_dir():
-        reason = f"{nearest} is not a directory"
-    elif not os.access(nearest, os.W_OK | os.X_OK):
-        reason = f"no permission to write in {nearest}"
+    if not log_dir.is_absolute():
+        raise SettingsError(
+            f"The working directory is gone, so log_dir '{log_dir}' leads nowhere: set log_dir= or "
+            "SWANLAB_LOG_DIR to a path that begins with /."
+        )
+    nearest, reason = log_dir, None
+    try:
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            reason = f"{nearest} is not a directory"
+        elif not os.access(nearest, os.W_OK | os.X_OK):
+            reason = f"no permission to write in {nearest}"
+    except OSError as error:  # a name that is too long, a directory above that cannot be entered
+        reason = error.strerror or type(error).__name__
     if reason:
         raise SettingsError(
             f"log_dir '{log_dir}' cannot be written ({reason}): choose another with log_dir= or SWANLAB_LOG_DIR."
@@ -312,7 +357,7 @@ def _sentence(error: ValidationError) -> str:
     if name == "project":
         message = "a project name is 1 to 100 of the characters 0-9 a-z A-Z _ - + ."
     elif name == "run_id":
-        message = 'a run id is 1 to 64 characters without spaces and without < > : " / \\ | ? * # %'
+        message = naming.RUN_ID_RULE
     shown = "" if name in ("api_key", "lark_secret", "lark_webhook_url") else f" {given!r}"
     return f"Invalid {name}{shown}: {message[0].lower()}{message[1:]}"
 

@@ -37,13 +37,13 @@ def run_demo(settings: ObserverSettings, ranks: int, steps: int, console: Consol
     """Train and watch; returns the exit code. The data loading of ``slow_rank`` sleeps, so that it is named.
 
     Raises:
-        click.ClickException: something it needs is not installed.
+        click.ClickException: something it needs is not installed, or the log directory cannot be made.
     """
     for module in ("torch", "transformers", "accelerate"):
         if importlib.util.find_spec(module) is None:
             raise click.ClickException(f"The demo needs {module}, which is missing: pip install 'swanlab-ray[demo]'.")
     run_id = settings.run_id or fresh_run_id("demo")
-    settings.log_dir.mkdir(parents=True, exist_ok=True)
+    _make_directory(settings.log_dir)
     log_path = settings.log_dir / f"{run_id}.log"
     console.print(f"Training a small Llama: {ranks} ranks, {steps} steps, run {run_id}.", soft_wrap=True, markup=False)
     console.print("Starting torchrun, its ranks and a Ray cluster (about 20 s) ...")
@@ -69,6 +69,13 @@ def run_demo(settings: ObserverSettings, ranks: int, steps: int, console: Consol
     console.print(f"What became of every event: {ours} show {run_id}", soft_wrap=True, markup=False)
     console.print(f"The timeline of all ranks: {ours} trace {run_id}", soft_wrap=True, markup=False)
     return 0 if last.state == "success" else 1
+
+
+def _make_directory(log_dir: Path) -> None:
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"The log directory cannot be made: {error}.") from None
 
 
 @contextmanager
@@ -145,7 +152,10 @@ def _open_command(status: WriterStatus, settings: ObserverSettings) -> str:
 
 
 def _shorter(path: Path) -> str:
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    try:
+        return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    except FileNotFoundError:  # the working directory is gone
+        return str(path)
 
 
 def _command(name: str) -> str:
