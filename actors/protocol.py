@@ -166,6 +166,16 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     """The first batch it can still send."""
     restarts: int = 0
     """How often its launcher starts the job again after failures, in all."""
+    attempt: int = 0
+    """How often the launcher has started the job's processes again so far, where that is known."""
+    nonce: str = ""
+    """The same for all processes of a job and for no other job; empty where nothing tells that."""
+    version: str = ""
+    """Of the package; empty in versions that did not tell."""
+    sent_ns: int = 0
+    """Unix time at which this was sent, by the rank's clock; 0 where it does not tell."""
+    settings: dict[str, Any] | None = None
+    """The settings this rank was given, without secrets."""
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True):
@@ -211,6 +221,8 @@ class Beat(msgspec.Struct, frozen=True, array_like=True):
     life: str
     counted: Counted
     doing: Doing | None = None
+    sent_ns: int = 0
+    """As in :class:`Hello`."""
 
 
 class Goodbye(msgspec.Struct, frozen=True, kw_only=True):
@@ -219,8 +231,10 @@ class Goodbye(msgspec.Struct, frozen=True, kw_only=True):
     state: State
     error: str | None
     time_ns: int
-    """When the rank ended, Unix nanoseconds: the first failure is the cause."""
+    """When the rank ended, Unix nanoseconds by its clock: the first failure is the cause."""
     counted: Counted
+    sent_ns: int = 0
+    """As in :class:`Hello`."""
 
 
 class Farewell(msgspec.Struct, frozen=True, array_like=True):

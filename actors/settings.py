@@ -174,6 +174,11 @@ class ObserverSettings(BaseSettings):
     rank_timeout: float = Field(default=60.0, ge=1.0, validation_alias=_env("rank_timeout", "OBSERVER_RANK_TIMEOUT"))
     """Seconds without a sign of life after which a rank counts as lost."""
 
+    restart_timeout: float = Field(
+        default=600.0, ge=0, validation_alias=_env("restart_timeout", "OBSERVER_RESTART_TIMEOUT")
+    )
+    """Seconds that a run waits for its ranks after a failure, where the launcher starts them again."""
+
     hang_timeout: float = Field(default=300.0, ge=0, validation_alias=_env("hang_timeout", "OBSERVER_HANG_TIMEOUT"))
     """Seconds without a step on any rank after which the job counts as hung; 0: never. First steps, evaluations and
     checkpoints get six times that, and pauses that have ended well count twice."""

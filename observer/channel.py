@@ -583,7 +583,7 @@ class Channel:
             self._heed(answer)
         if now or moment - self._last_beat >= BEAT_S:
             self._last_beat = moment
-            beat = Beat(self._rank, self._life, self._counted(), self._pulse.doing())
+            beat = Beat(self._rank, self._life, self._counted(), self._pulse.doing(), time.time_ns())
             with self._away():
                 reference = self._link.beat(beat)
             self._beat = (reference, moment)

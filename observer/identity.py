@@ -9,9 +9,13 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
+
+STORE_DEADLINE_S = 5.0
+"""How long torchrun's store is waited for where only a nonce is asked of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,39 @@ def most_restarts(env: Mapping[str, str] = os.environ) -> int:
         return 0
 
 
+class Launch(NamedTuple):
+    """Which start of which job a process belongs to."""
+
+    nonce: str
+    """The same in all processes of a job and in no other job; empty where nothing tells that."""
+    attempt: int
+    """How often the launcher has started the job's processes again, as far as it says."""
+
+
+def which_launch(env: Mapping[str, str] = os.environ) -> Launch:
+    """The launch of this process, from Ray Train, torchrun, Slurm or MPI.
+
+    May wait a few seconds for torchrun's store, so it runs on the flusher thread.
+    """
+    train = _ray_train_context()
+    if train is not None:
+        return Launch(_ray_train_run_id(train), 0)  # its retries are not counted anywhere
+    address = _agent_store_address(env)
+    if address:
+        try:
+            store = _agent_store(*address, timeout=timedelta(seconds=STORE_DEADLINE_S))
+            nonce = bytes(store.compare_set("swanlab-ray/nonce", "", secrets.token_hex(8))).decode()
+        except Exception:  # it has ended with its agent, or cannot be reached
+            nonce = ""
+        return Launch(nonce, _count(env, "TORCHELASTIC_RESTART_COUNT"))
+    return Launch(_scheduler_job(env) or "", _count(env, "SLURM_RESTART_COUNT"))
+
+
+def _count(env: Mapping[str, str], name: str) -> int:
+    told = env.get(name, "")
+    return int(told) if told.isdecimal() else 0
+
+
 def gpu_name(local_rank: int, env: Mapping[str, str] = os.environ) -> str | None:
     """Name and index of the GPU this rank trains on, without making a CUDA context."""
     try:
@@ -195,11 +232,11 @@ def _agent_store_address(env: Mapping[str, str]) -> tuple[str, int] | None:
     return env.get("MASTER_ADDR", "127.0.0.1"), int(env["MASTER_PORT"])
 
 
-def _agent_store(host: str, port: int) -> Any:
+def _agent_store(host: str, port: int, **options: Any) -> Any:
     from torch.distributed import TCPStore
 
     # Not counted among the workers that the server waits for.
-    return TCPStore(host, port, is_master=False, wait_for_workers=False)
+    return TCPStore(host, port, is_master=False, wait_for_workers=False, **options)
 
 
 def _default_store() -> Any:

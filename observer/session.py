@@ -34,11 +34,20 @@ from swanlab_ray.actors.protocol import (
 )
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError, check_writable
 from swanlab_ray.actors.status import ending
+from swanlab_ray.actors.version import package_version
 from swanlab_ray.observer import spans
 from swanlab_ray.observer.cells import columns_of
 from swanlab_ray.observer.channel import CAPACITY, Channel, ChannelStatistics, Link
 from swanlab_ray.observer.exits import ExitWatch, describe
-from swanlab_ray.observer.identity import Identity, check_run_id, gpu_name, identify, most_restarts
+from swanlab_ray.observer.identity import (
+    Identity,
+    Launch,
+    check_run_id,
+    gpu_name,
+    identify,
+    most_restarts,
+    which_launch,
+)
 from swanlab_ray.observer.link import RayLink
 from swanlab_ray.observer.node_metrics import NodeMetrics
 from swanlab_ray.observer.notices import logger, warn_once
@@ -80,6 +89,7 @@ class Observer:
         self.outcome: WriterStatus | None = None
         """How the run ended, once :meth:`finish` of its last rank has returned."""
         self._life = secrets.token_hex(8)
+        self._launch: Launch | None = None  # known once this rank says hello
         self._link = link
         self._last_step = -1
         self.result: tuple[State | None, str | None] = (None, None)
@@ -332,6 +342,7 @@ class Observer:
                 error=error,
                 time_ns=ended,
                 counted=counted,
+                sent_ns=time_ns(),
             ),
             timeout,
         )
@@ -390,6 +401,7 @@ class Observer:
                     )
 
     def _hello(self, next_seq: int) -> Hello:
+        self._launch = launch = self._launch or which_launch()
         return Hello(
             rank=self.rank,
             world_size=self.world_size,
@@ -401,6 +413,11 @@ class Observer:
             life=self._life,
             next_seq=next_seq,
             restarts=most_restarts(),
+            attempt=launch.attempt,
+            nonce=launch.nonce,
+            version=package_version(),
+            sent_ns=time_ns(),
+            settings=self.settings.public(),
         )
 
     def _forked(self) -> None:

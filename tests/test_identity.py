@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
-from swanlab_ray.observer.identity import Identity, check_run_id, identify, resolve_run_id
+from swanlab_ray.observer.identity import Identity, check_run_id, identify, resolve_run_id, which_launch
 
 ONE = Identity(0, 1, 0, 1)
 TWO = Identity(0, 2, 0, 1)
@@ -86,3 +86,30 @@ def test_ranks_agree_through_the_agent_s_store_and_jobs_do_not() -> None:
 def test_a_job_that_cannot_be_told_apart_is_refused() -> None:
     with pytest.raises(SettingsError, match="set OBSERVER_RUN_ID to one value for all of its ranks"):
         check_run_id(settings(), TWO, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
+
+
+def test_a_restart_is_the_same_job_at_a_higher_attempt() -> None:
+    from torch.distributed import TCPStore
+
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2)]
+    env = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
+    first, again, other = (
+        which_launch(env | {"MASTER_PORT": str(store.port), "TORCHELASTIC_RESTART_COUNT": count})
+        for store, count in ((stores[0], "0"), (stores[0], "2"), (stores[1], "0"))
+    )
+    assert first.nonce == again.nonce != other.nonce
+    assert (first.attempt, again.attempt, other.attempt) == (0, 2, 0)
+
+
+def test_what_a_launcher_does_not_tell_is_left_open() -> None:
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+    assert which_launch({}) == ("", 0)
+    assert which_launch({"RANK": "0", "WORLD_SIZE": "2"}) == ("", 0)
+    assert which_launch(slurm | {"SLURM_RESTART_COUNT": "1"}) == ("slurm-7.0", 1)
+    assert which_launch(slurm | {"SLURM_RESTART_COUNT": "soon"}) == ("slurm-7.0", 0)
+
+
+def test_a_store_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swanlab_ray.observer.identity.STORE_DEADLINE_S", 0.2)
+    env = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    assert which_launch(env | {"TORCHELASTIC_RESTART_COUNT": "1"}) == ("", 1)
