@@ -342,6 +342,11 @@ class RunFiles:
         return self.journals + self.spools
 
     @property
+    def ambiguous(self) -> bool:
+        """Journals lie in several directories: of one run on several machines, or of two runs with one id."""
+        return len({path.parent for path in self.journals}) > 1
+
+    @property
     def in_progress(self) -> bool:
         """Whether a writer of this machine is at work on it."""
         return bool(self.journals) and being_written(self.journals[-1])

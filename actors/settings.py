@@ -27,6 +27,7 @@ from swanlab_ray.actors.rules import parse
 LARK_WEBHOOK = re.compile(r"https?://[^/\s]+/open-apis/bot/(v2/)?hook/[\w-]+/?")
 """Of open.feishu.cn, of open.larksuite.com, or of a deployment of one's own."""
 MODES = ("cloud", "local", "offline", "disabled")
+LOG_DIR_VARIABLES = ("OBSERVER_LOG_DIR", "SWANLAB_LOG_DIR", "SWANLAB_LOGDIR")
 
 
 def tidy_environment() -> None:
@@ -159,7 +160,7 @@ class ObserverSettings(BaseSettings):
 
     log_dir: Path = Field(
         default=Path("swanlog"),
-        validation_alias=_env("log_dir", "OBSERVER_LOG_DIR", "SWANLAB_LOG_DIR", "SWANLAB_LOGDIR"),
+        validation_alias=_env("log_dir", *LOG_DIR_VARIABLES),
     )
     """Where the writer keeps the run, as seen from the machine the writer runs on."""
 

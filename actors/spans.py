@@ -47,7 +47,7 @@ def spans_of(event: Spans) -> Iterator[Span]:
     names, threads = event.names, event.threads
     columns = (event.thread, event.name, event.step, event.begins, event.durations)
     for at, (thread, name, step, begin, duration) in enumerate(zip(*columns, strict=True)):
-        begin += event.begin_ns
+        begin, duration = begin + event.begin_ns, max(0, duration)  # of a clock that was set back
         parent = event.parents[at] if event.parents else 0
         around = begin - parent if parent > 0 else parent
         gpu = event.gpu[at] if event.gpu else -1

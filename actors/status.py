@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from swanlab_ray.actors.protocol import Hang, WriterStatus
+from swanlab_ray.actors.text import first_line
 
 HANGS = "No rank has made a step"
 
@@ -11,7 +12,7 @@ def ending(status: WriterStatus) -> str:
     """How a run ended and where it lies, in one sentence for its user."""
     where = status.url or status.run_dir or status.journal
     upload = f" (upload it with: swanlab-ray sync {status.journal})" if status.mode == "offline" else ""
-    error = f", {status.error.splitlines()[0]}" if status.error else ""
+    error = f", {first_line(status.error)}" if status.error else ""
     return f"run {status.run_id} ended: {status.state}{error}; {where}{upload}"
 
 
@@ -44,7 +45,7 @@ def status_line(status: WriterStatus) -> str:
         if count := getattr(status, name):
             parts.append(f"{name} {count}")
     if status.error:
-        parts.append(status.error.splitlines()[0])
+        parts.append(first_line(status.error))
     return " | ".join(parts)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from swanlab_ray.actors.completions import CompletionRow
 from swanlab_ray.actors.protocol import Cell, Tokenizer
+from swanlab_ray.actors.text import harmless
 
 MEDIA_BYTES = 10 * 1024**2
 """SwanLab drops a larger file."""
@@ -33,10 +34,6 @@ _ORDER = (
 )
 _PLACEHOLDER = "--x_x--0_0--"
 """pyecharts takes this for code, and leaves broken JSON behind."""
-
-_SYMBOLS: dict[int, int] = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
-# Further control characters, and those that turn the direction of text.
-_SYMBOLS |= dict.fromkeys([*range(128, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 
 Shown = None | bool | int | float | str
 """A cell as people see it."""
@@ -124,7 +121,7 @@ def _cell(value: Shown, limit: int) -> Shown:
 
 def safe(text: str) -> str:
     """Text that neither a table nor a terminal takes for anything else: control characters become their symbols."""
-    return text.replace(_PLACEHOLDER, "--x_x--0_0 --").replace("\r\n", "\n").translate(_SYMBOLS)
+    return harmless(text.replace(_PLACEHOLDER, "--x_x--0_0 --"))
 
 
 def as_charts(whole: Table) -> list[Any]:

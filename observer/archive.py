@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from rich import box
-from rich.table import Table
 
 from swanlab_ray.actors.history import (
     KILLED,
@@ -25,7 +23,9 @@ from swanlab_ray.actors.history import (
 )
 from swanlab_ray.actors.journal import journal_files
 from swanlab_ray.actors.protocol import JOB, Scalars, Stacks, decode_batch
-from swanlab_ray.actors.records import Batch, Counts
+from swanlab_ray.actors.records import Batch, Counts, UnknownFormat
+from swanlab_ray.actors.text import first_line
+from swanlab_ray.observer.render import Column, Grid, cell
 
 SHOWN_VALUES = 20
 
@@ -77,9 +77,13 @@ class Run:
 
     @property
     def state(self) -> str:
-        """``running``, how it ended, or ``unfinished``: its writer was killed and nobody took over."""
+        """``running``, how it ended, ``unfinished``: its writer was killed and nobody took over; or ``spooled``: no
+        writer ever took it.
+        """
         if self.files.in_progress:
             return "running"
+        if not self.files.journals:
+            return "spooled"
         end = ending(self.summary)
         return end[0] if end else "unfinished"
 
@@ -116,14 +120,38 @@ class Run:
         }
 
 
-def load(log_dir: Path) -> list[Run]:
+def load(log_dir: Path, refused: Callable[[str], None] | None = None) -> list[Run]:
     """The runs under a log directory, oldest first.
+
+    Args:
+        log_dir: it.
+        refused: is told of runs that cannot be read, instead of an exception.
 
     Raises:
         FileNotFoundError: it does not exist.
         UnknownFormat: a journal is of a newer version.
     """
-    return [load_run(files) for files in find_runs([log_dir])]
+    runs = []
+    for files in find_runs([log_dir]):
+        try:
+            runs.append(load_run(files))
+        except (UnknownFormat, OSError) as error:
+            if refused is None:
+                raise
+            refused(f"run {files.run_id}: {unreadable(error)}")
+    return runs
+
+
+def unreadable(error: UnknownFormat | OSError) -> str:
+    """Why a run cannot be read."""
+    if isinstance(error, OSError) and error.filename:
+        return f"'{error.filename}' cannot be read: {error.strerror}"
+    return str(error)
+
+
+def run_ids(log_dir: Path) -> list[str]:
+    """The runs under a log directory, oldest first; none where there is no such directory."""
+    return [files.run_id for files in find_runs([log_dir])] if log_dir.exists() else []
 
 
 def load_run(files: RunFiles) -> Run:
@@ -267,41 +295,47 @@ def latest_values(run: Run) -> dict[str, tuple[int, float]]:
     return latest
 
 
-def runs_table(runs: list[Run]) -> Table:
+def runs_table(runs: list[Run]) -> Grid:
     """A row per run."""
-    table = Table(box=box.ROUNDED, padding=0)
-    for name in ("run", "project", "state", "started", "lasted", "ranks", "events", "lost"):
-        right = name in ("ranks", "events", "lost", "lasted")
-        # The run's id is there to be copied.
-        folds = name in ("project", "state", "started")
-        table.add_column(name, justify="right" if right else "left", no_wrap=not folds, overflow="fold")
+    grid = Grid(
+        Column("run"),  # it is there to be copied
+        Column("project", least=8),
+        Column("state", least=10),
+        Column("started", least=10),
+        *(Column(name, right=True) for name in ("lasted", "ranks", "events", "lost")),
+    )
     for run in runs:
         summary = run.summary
         lost = sum(sum(account.dropped.values()) + account.missing for account in run.accounts)
-        table.add_row(
+        grid.add(
             run.files.run_id,
             str(run.files.header.settings.get("project", "")),
-            f"[{_COLOUR.get(run.state, 'yellow')}]{run.state}[/]" + (" [red](damaged)[/]" if run.damage else ""),
-            _moment(summary.first_ns),
+            cell(run.state, _COLOUR.get(run.state, "yellow")) + cell(" (damaged)" if run.damage else "", "red"),
+            moment(summary.first_ns),
             _duration((summary.last_ns - summary.first_ns) / 1e9),
             str(summary.world_size),
             str(summary.events),
             str(lost),
         )
-    return table
+    return grid
 
 
-def ledger_table(accounts: list[Account]) -> Table:
+def ledger_table(accounts: list[Account]) -> Grid:
     """Where the events of each rank are: logged = journal + spooled + dropped (+ on the way)."""
-    table = Table(box=box.ROUNDED, padding=0)
-    for name in ("rank", "host", "state", "logged", "journal", "spooled", "dropped", "on the way", "missing"):
-        table.add_column(name, justify="left" if name in ("host", "state") else "right", overflow="fold")
+    grid = Grid(
+        Column("rank", right=True),
+        Column("host", least=8),
+        Column("state", least=9),
+        *(Column(name, right=True) for name in ("logged", "journal", "spooled")),
+        Column("dropped", right=True, least=8),
+        *(Column(name, right=True) for name in ("on the way", "missing")),
+    )
     for account in accounts:
-        state = account.state + (f" ({account.lives} lives)" if account.lives > 1 else "")
-        table.add_row(
+        lives = f" ({account.lives} lives)" if account.lives > 1 else ""
+        grid.add(
             str(account.rank),
             account.host,
-            f"[{_COLOUR.get(account.state, 'red')}]{state}[/]",
+            cell(account.state + lives, _COLOUR.get(account.state, "red")),
             str(account.logged),
             str(account.written),
             str(account.spooled),
@@ -309,22 +343,18 @@ def ledger_table(accounts: list[Account]) -> Table:
             str(account.on_the_way),
             str(account.missing),
         )
-    return table
+    return grid
 
 
 def describe(run: Run) -> Iterator[str]:
     """A run in a few lines."""
     summary, settings = run.summary, run.files.header.settings
     name = settings.get("experiment_name") or run.files.run_id
-    writers = len({(header.host, header.pid) for header in summary.headers if header.kind == "journal"})
     yield f"{settings.get('project')} / {name} ({settings.get('mode')}): {run.state}"
     if summary.finished and summary.finished.error:
-        yield f"  {summary.finished.error.splitlines()[0]}"
-    yield f"  from {_moment(summary.first_ns)} to {_moment(summary.last_ns)}, {summary.world_size} ranks"
-    yield (
-        f"  journal: {summary.events} events, {_size(summary.size)} in {summary.files} files of {writers} writers, "
-        f"{run.files.paths[0].parent}"
-    )
+        yield f"  {first_line(summary.finished.error)}"
+    yield f"  from {moment(summary.first_ns)} to {moment(summary.last_ns)}, {summary.world_size} ranks"
+    yield from _places(run)
     if summary.closed is not None:
         closed = summary.closed
         complete = "complete" if closed.complete and not closed.thinned else "not complete"
@@ -335,15 +365,37 @@ def describe(run: Run) -> Iterator[str]:
         if closed.completions:
             yield (
                 f"  completions: {closed.completions} rows, {closed.completions_dropped} more than the tables' bound; "
-                f"see them with: swanlab-ray show {run.files.run_id} --completions"
+                f"see them with: swanlab-ray show {shlex.quote(run.files.run_id)} --completions"
             )
     elif place := _place(summary):
         yield f"  SwanLab: {place}"
     for damaged in run.damage:
         yield f"  damaged: {damaged.path.name} at {damaged.damage.offset}: {damaged.damage.reason}"
     for alert in summary.alerts:
-        yield f"  {_moment(alert.time_ns)} {alert.text}"
+        yield f"  {moment(alert.time_ns)} {alert.text}"
 
+
+def _places(run: Run) -> Iterator[str]:
+    """Where the run's events lie, and what is to be done where no writer has them."""
+    summary, spools = run.summary, len(run.files.spools)
+    if run.files.journals:
+        writers = len({(header.host, header.pid) for header in summary.headers if header.kind == "journal"})
+        yield (
+            f"  journal: {summary.events} events, {_size(summary.size)} in {summary.files} files of {writers} writers, "
+            f"{run.files.paths[0].parent}"
+        )
+    else:
+        directory = run.files.paths[0].parent
+        yield (
+            f"  no writer took this run: its {summary.events} events lie in {spools} spool{'s' * (spools != 1)} of its "
+            f"ranks, {_size(summary.size)}, {directory}; "
+            f"upload them with: swanlab-ray sync {shlex.quote(str(directory))}"
+        )
+    if run.files.ambiguous:
+        yield f"  {AMBIGUOUS}"
+
+
+AMBIGUOUS = "its journals lie in several directories and count as one run: if they are two of the same id, name one"
 
 _COLOUR = {"running": "cyan", "success": "green", "unfinished": "yellow"}
 
@@ -353,8 +405,12 @@ def _place(summary: Summary) -> str | None:
     return places[-1] if places else None
 
 
-def _moment(time_ns: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_ns / 1e9)) if time_ns else "?"
+def moment(time_ns: int) -> str:
+    """A time as the reader's clock shows it, such as ``2026-11-24 09:30:00``; a question mark where it is none."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_ns / 1e9)) if time_ns else "?"
+    except (OverflowError, ValueError, OSError):  # of a clock that was wrong by ages
+        return "?"
 
 
 def _duration(seconds: float) -> str:

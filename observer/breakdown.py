@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from rich import box
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from swanlab_ray.actors.history import Damaged, RunFiles, Sequence, merged
 from swanlab_ray.actors.protocol import Spans, decode_batch
 from swanlab_ray.actors.records import Arrived, Batch, Ended
 from swanlab_ray.actors.spans import RankSpans, StepTimes
 from swanlab_ray.actors.stragglers import ELSEWHERE, NAMED, Lateness, Straggler, worst
+from swanlab_ray.observer.render import Column, Grid, cell
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,7 @@ def breakdown(run: RunFiles, last: int = STEPS) -> Breakdown:
     return Breakdown(found, total if total is not None and total.score >= NAMED else None, dropped)
 
 
-def phases_table(steps: list[StepBreakdown]) -> Table:
+def phases_table(steps: list[StepBreakdown]) -> Grid:
     """Mean time of a step by phase and rank, the longest of a phase in bold. Ranks are columns while they are few."""
     sums: dict[int, dict[str, float]] = {}
     counts: dict[int, int] = {}
@@ -117,28 +116,23 @@ def phases_table(steps: list[StepBreakdown]) -> Table:
                 of_rank[phase] = of_rank.get(phase, 0.0) + seconds
     names = dict.fromkeys(name for of_rank in sums.values() for name in of_rank if name != ELSEWHERE)
     phases = [*names, ELSEWHERE, "step"]
-    grid: dict[tuple[int, str], str] = {}
+    means_of: dict[tuple[int, str], Text] = {}
     for rank in sums:
         sums[rank]["step"] = sum(sums[rank].values())
     for name in phases:
         means = {rank: of_rank[name] / counts[rank] for rank, of_rank in sums.items() if name in of_rank}
         for rank, seconds in means.items():
             stands_out = len(sums) > 1 and name != "step" and seconds == max(means.values()) > 0
-            grid[rank, name] = f"[bold]{_seconds(seconds)}[/]" if stands_out else _seconds(seconds)
-    table = Table(box=box.ROUNDED, padding=(0, 1))
+            means_of[rank, name] = cell(_seconds(seconds), "bold" if stands_out else "")
     if len(sums) <= FEW_RANKS:
-        table.add_column("")
-        for rank in sorted(sums):
-            table.add_column(f"rank {rank}", justify="right", no_wrap=True)
+        grid = Grid(Column("phase", least=16), *(Column(f"rank {rank}", right=True) for rank in sorted(sums)))
         for name in phases:
-            table.add_row(escape(name), *(grid.get((rank, name), "") for rank in sorted(sums)))
-        return table
-    table.add_column("rank", justify="right", no_wrap=True)
-    for name in phases:
-        table.add_column(escape(name), justify="right", overflow="fold", min_width=len("99.9 ms"))
+            grid.add(name, *(means_of.get((rank, name), "") for rank in sorted(sums)))
+        return grid
+    grid = Grid(Column("rank", right=True), *(Column(name, right=True, least=len("99.9 ms")) for name in phases))
     for rank in sorted(sums):
-        table.add_row(str(rank), *(grid.get((rank, name), "") for name in phases))
-    return table
+        grid.add(str(rank), *(means_of.get((rank, name), "") for name in phases))
+    return grid
 
 
 def _seconds(seconds: float) -> str:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
-from swanlab_ray.actors.settings import MODES, ObserverSettings, SettingsError, check_writable
+from swanlab_ray.actors.naming import absolute
+from swanlab_ray.actors.settings import LOG_DIR_VARIABLES, MODES, ObserverSettings, SettingsError, check_writable
+from swanlab_ray.actors.text import one_line
+from swanlab_ray.observer.render import json_text, say, terminal
+from swanlab_ray.observer.streams import Command
 
 if TYPE_CHECKING:
-    from swanlab_ray.actors.history import RunFiles
     from swanlab_ray.observer.archive import Run
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="swanlab-ray")
 def main() -> None:
     """One Ray actor observes every rank of a distributed training and writes one SwanLab run."""
@@ -55,7 +55,7 @@ def demo(mode: str, ranks: int, steps: int, slow_rank: int | None, project: str,
         check_writable(settings.log_dir)
     except SettingsError as error:
         raise click.UsageError(str(error)) from None
-    sys.exit(run_demo(settings, ranks, steps, Console(highlight=False), slow_rank))
+    sys.exit(run_demo(settings, ranks, steps, terminal(), slow_rank))
 
 
 @main.command(short_help="Show the runs in progress.")
@@ -72,22 +72,22 @@ def status(run_id: str | None, as_json: bool) -> None:
     try:
         watcher = watch.Watcher(run_id)
     except NoCluster as error:
-        raise click.ClickException(str(error)) from None
+        raise _failure(str(error)) from None
     statuses = watcher.statuses()
     watcher.close()
     if run_id is not None and not statuses:
-        raise click.ClickException(f"No run '{run_id}' is in progress on this cluster.")
+        raise _failure(f"No run '{run_id}' is in progress on this cluster.")
     if as_json:
-        click.echo(json.dumps([watch.as_json(one) for one in statuses]))
+        click.echo(json_text(statuses))
         return
-    console = Console(highlight=False)
+    console = terminal()
     if not statuses:
         console.print("No run is in progress on this cluster.")
     for one in statuses:
-        console.print(watch.status_line(one), markup=False, soft_wrap=True)
+        say(console, watch.status_line(one))
         console.print(watch.rank_table(one))
         for notice in one.notices:
-            console.print(notice, markup=False)
+            say(console, notice)
 
 
 def _not_empty(context: click.Context, parameter: click.Parameter, text: str | None) -> str:
@@ -96,12 +96,20 @@ def _not_empty(context: click.Context, parameter: click.Parameter, text: str | N
     return text or ""
 
 
+def _directory(context: click.Context, parameter: click.Parameter, text: str | None) -> Path:
+    named = Path(_not_empty(context, parameter, text))
+    try:  # a variable may begin with ~, which no shell has seen
+        return absolute(named) if str(named).startswith("~") else named
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 def _log_dir(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--log-dir",
-        envvar=["OBSERVER_LOG_DIR", "SWANLAB_LOG_DIR"],
+        envvar=LOG_DIR_VARIABLES,
         default="swanlog",
-        callback=lambda context, parameter, text: Path(_not_empty(context, parameter, text)),
+        callback=_directory,
         help="Where runs are kept.  [default: OBSERVER_LOG_DIR or SWANLAB_LOG_DIR, else ./swanlog]",
     )(command)
 
@@ -127,13 +135,17 @@ def runs(log_dir: Path, as_json: bool) -> None:
     """List the runs in the log directory, from their journals. Needs no cluster."""
     from swanlab_ray.observer import archive
 
-    found = _guarded(lambda: archive.load(log_dir)) if log_dir.exists() else []
+    refused: list[str] = []
+    found = _guarded(lambda: archive.load(log_dir, refused.append)) if log_dir.exists() else []
     if as_json:
-        click.echo(json.dumps([run.as_json() for run in found]))
-    elif not found:
-        raise click.ClickException(f"No run lies in {log_dir}: choose another with --log-dir.")
-    else:
-        Console(highlight=False).print(archive.runs_table(found))
+        click.echo(json_text([run.as_json() for run in found]))
+    elif found:
+        terminal().print(archive.runs_table(found))
+    elif not refused:
+        raise _failure(f"No run lies in {log_dir}: choose another with --log-dir.")
+    for sentence in refused:
+        click.echo(one_line(sentence), err=True)
+    sys.exit(1 if refused else 0)
 
 
 @main.command(short_help="Show one run: its end, its ledger, its alerts, its completions, its phases, its stacks.")
@@ -153,7 +165,7 @@ def show(
     hung. RUN_ID may be its beginning; without it the latest run is
     shown. Needs no cluster.
     """
-    from swanlab_ray.observer import archive
+    from swanlab_ray.observer import showing
 
     if completions + phases + stacks > 1:
         raise click.UsageError("Choose one of --completions, --phases and --stacks.")
@@ -161,27 +173,13 @@ def show(
         raise click.UsageError("--last goes with --completions or --phases.")
     run = _find_run(run_id, log_dir)
     if completions:
-        _show_completions(run.files, last or 20, as_json)
-        return
-    if phases:
-        _show_phases(run.files, last or 1000, as_json)
-        return
-    if stacks:
-        _show_stacks(run.files, as_json)
-        return
-    values = archive.latest_values(run)
-    if as_json:
-        latest = {name: {"step": step, "value": value} for name, (step, value) in values.items()}
-        click.echo(json.dumps(run.as_json() | {"latest": latest}))
-        return
-    console = Console(highlight=False)
-    for line in archive.describe(run):
-        console.print(line, markup=False, soft_wrap=True)
-    console.print(archive.ledger_table(run.accounts))
-    for name, (step, value) in list(values.items())[: archive.SHOWN_VALUES]:
-        console.print(f"  {name} = {value:.6g} at step {step}", markup=False)
-    if len(values) > archive.SHOWN_VALUES:
-        console.print(f"  and {len(values) - archive.SHOWN_VALUES} more (--json)")
+        showing.show_completions(run.files, last or 20, as_json)
+    elif phases:
+        showing.show_phases(run.files, last or 1000, as_json)
+    elif stacks:
+        showing.show_stacks(run.files, as_json)
+    else:
+        showing.show_run(run, as_json)
 
 
 def _find_run(run_id: str | None, log_dir: Path) -> Run:
@@ -190,86 +188,18 @@ def _find_run(run_id: str | None, log_dir: Path) -> Run:
 
     run: Run | None = _guarded(lambda: archive.find(log_dir, run_id)) if run_id != "" else None
     if run is None and run_id is None:
-        raise click.ClickException(f"No run lies in '{log_dir}': choose another with --log-dir.")
+        raise _failure(f"No run lies in '{log_dir}': choose another with --log-dir.")
     if run is None:
-        known = [one.files.run_id for one in archive.load(log_dir)] if log_dir.exists() else []
-        raise click.ClickException(
+        known = archive.run_ids(log_dir)[-NAMED_RUNS:]
+        raise _failure(
             f"'{run_id}' names no run, or several, in {log_dir}"
             + (f"; there are: {', '.join(known)}." if known else ": choose another with --log-dir.")
         )
     return run
 
 
-def _show_phases(files: RunFiles, last: int, as_json: bool) -> None:
-    from swanlab_ray.observer.breakdown import breakdown, phases_table
-
-    found = breakdown(files, last)
-    steps = found.steps
-    if as_json:
-        click.echo(json.dumps([step.as_json() for step in steps]))
-        return
-    if not steps:
-        raise click.ClickException(f"Run '{files.run_id}' has no spans: ObserverCallback and span() log them.")
-    console = Console(highlight=False)
-    console.print(f"mean of {len(steps)} steps, {steps[0].step} to {steps[-1].step}")
-    console.print(phases_table(steps))
-    if found.straggler is not None:
-        console.print(f"Straggler: {found.straggler}", style="yellow", markup=False)
-    elif max(len(step.ranks) for step in steps) > 1:
-        console.print("No straggler.")
-    if found.dropped:
-        console.print(f"{found.dropped} spans of this run were dropped: they came faster than they could be sent.")
-
-
-def _show_completions(files: RunFiles, last: int, as_json: bool) -> None:
-    from rich.text import Text
-
-    from swanlab_ray.actors.tables import readable
-    from swanlab_ray.observer import transcripts
-
-    rows = list(transcripts.completions(files, last))
-    if as_json:
-        click.echo(json.dumps([{name: _finite(value) for name, value in row.items()} for row in rows]))
-        return
-    if not rows:
-        raise click.ClickException(
-            f"Run '{files.run_id}' has no completions: it logs them with DPO, KTO, ORPO, CPO, "
-            "GRPO, RLOO and OnlineDPO trainers, or with log_completions()."
-        )
-    console = Console(highlight=False)
-    for row in rows:
-        algorithm = f", {row['algorithm']}" if "algorithm" in row else ""
-        console.rule(Text(f"step {row['step']}, rank {row['rank']}{algorithm}"), align="left")
-        values = {name: value for name, value in row.items() if name not in ("step", "rank", "algorithm")}
-        click.echo(readable(list(values), list(values.values())))
-
-
-def _show_stacks(files: RunFiles, as_json: bool) -> None:
-    import msgspec
-    from rich.text import Text
-
-    from swanlab_ray.observer import archive
-
-    found = archive.stacks(files)
-    if as_json:
-        click.echo(json.dumps([{"rank": rank} | msgspec.structs.asdict(stacks) for rank, stacks in found]))
-        return
-    if not found:
-        raise click.ClickException(f"Run '{files.run_id}' never hung.")
-    console = Console(highlight=False)
-    for rank, stacks in found:
-        when = datetime.fromtimestamp(stacks.time_ns / 1e9).isoformat(" ", "seconds")
-        within = f", in {stacks.span}" if stacks.span else ""
-        console.rule(Text(f"rank {rank}, step {stacks.step}{within}, {when}"), align="left")
-        for thread, frames in zip(stacks.threads, stacks.frames, strict=True):
-            console.print(f"{thread}:", markup=False)
-            for frame in frames:
-                console.print(f"  {frame}", markup=False, soft_wrap=True)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+NAMED_RUNS = 20
+"""Runs that are named to somebody who asks for one that is not there: the latest."""
 
 
 @main.command(short_help="Write the timeline of all ranks, for Perfetto.")
@@ -296,12 +226,13 @@ def trace(run_id: str | None, output: Path, steps: str | None, log_dir: Path) ->
     timeline = Timeline(run.files, chosen)
     if not timeline.count:
         where = f" in steps {steps}" if steps is not None else ""
-        raise click.ClickException(f"Run '{run.files.run_id}' has no spans{where}.")
+        raise _failure(f"Run '{run.files.run_id}' has no spans{where}.")
     try:
         timeline.write(output)
     except OSError as error:
-        raise click.ClickException(f"The trace cannot be written to '{output}': {error.strerror or error}.") from None
-    click.echo(f"{timeline.count} spans of run {run.files.run_id} in {output}: open it with https://ui.perfetto.dev")
+        raise _failure(f"The trace cannot be written to '{output}': {error.strerror or error}.") from None
+    told = f"{timeline.count} spans of run {run.files.run_id} in {output}: open it with https://ui.perfetto.dev"
+    click.echo(one_line(told))
 
 
 def _steps(text: str) -> range:
@@ -314,49 +245,16 @@ def _steps(text: str) -> range:
     return chosen
 
 
-@main.command(short_help="Check every record of a journal.")
+@main.command("verify", short_help="Check every record of a journal.")
 @_paths
-def verify(paths: tuple[Path, ...]) -> None:
+def verify_journals(paths: tuple[Path, ...]) -> None:
     """Check every record of the journals at or under each PATH, and say what is there and what is missing.
 
     Exit code 0: nothing is damaged or missing, as far as the files can tell; 1: something is.
     """
-    from swanlab_ray.actors.history import find_runs
-    from swanlab_ray.observer import archive
+    from swanlab_ray.observer.verification import verify
 
-    found = _guarded(lambda: find_runs(list(paths)))
-    files = {path for run in found for path in run.paths}
-    stray = [path for path in paths if path.is_file() and path.resolve() not in files]
-    for path in stray:
-        click.echo(f"{path}: no header can be read: this is no journal, or its beginning is damaged")
-    if not found and not stray:
-        raise click.ClickException(f"No journal lies under {', '.join(repr(str(path)) for path in paths)}.")
-    whole = not stray
-    for run in _guarded(lambda: [archive.load_run(files) for files in found]):
-        click.echo(f"run {run.files.run_id}: {run.state}")
-        for path in run.files.paths:
-            report = archive.inspect(path)
-            click.echo(f"  {path}: {report.records} records, {report.batches} batches, {report.events} events")
-            for damaged in report.damaged:
-                place = f"bytes {damaged.damage.offset} to {damaged.damage.end}"
-                if damaged.damage.torn:
-                    click.echo(f"    {place}: cut off, as by a kill in the middle of a write (never acknowledged then)")
-                else:
-                    click.echo(f"    {place}: DAMAGED, {damaged.damage.reason}")
-        missing = archive.gaps(run.files, run.summary)
-        for gap in missing:
-            steps = f"between steps {gap.after_step} and {gap.before_step}"
-            click.echo(f"  rank {gap.rank}: batches {gap.first} to {gap.last} are MISSING, {steps}")
-        for name in archive.missing_files(run.files):
-            whole = False
-            click.echo(f"  {name} is MISSING")
-        for account in run.accounts:
-            if account.missing:
-                whole = False
-                click.echo(f"  rank {account.rank}: {account.missing} events that were acknowledged are MISSING")
-        whole = whole and not run.damage and not missing
-        if run.state == "unfinished":
-            click.echo("  the files tell of no end: what may have come after them cannot be checked")
+    whole = _guarded(lambda: verify(paths, lambda line: click.echo(one_line(line))))
     click.echo("everything is there" if whole else "something is damaged or missing")
     sys.exit(0 if whole else 1)
 
@@ -429,6 +327,10 @@ def _test_lark(settings: ObserverSettings) -> str:
     return f"Lark: the test message has arrived{unsigned}"
 
 
+def _failure(sentence: str) -> click.ClickException:
+    return click.ClickException(one_line(sentence))
+
+
 def _guarded(action: Callable[[], Any]) -> Any:
     """Do it; a problem of the user's becomes one sentence."""
     from swanlab_ray.actors.cloud import CloudError
@@ -437,13 +339,13 @@ def _guarded(action: Callable[[], Any]) -> Any:
     try:
         return action()
     except FileNotFoundError as error:
-        raise click.ClickException(f"'{error.filename}' does not exist." if error.filename else f"{error}.") from None
+        raise _failure(f"'{error.filename}' does not exist." if error.filename else f"{error}.") from None
     except CloudError as error:
-        raise click.ClickException(f"The SwanLab cloud cannot be used: {error}.") from None
+        raise _failure(f"The SwanLab cloud cannot be used: {error}.") from None
     except PermissionError as error:
-        raise click.ClickException(f"'{error.filename}' cannot be read: {error.strerror}.") from None
+        raise _failure(f"'{error.filename}' cannot be read: {error.strerror}.") from None
     except (SettingsError, UnknownFormat) as error:
-        raise click.ClickException(str(error)) from None
+        raise _failure(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,20 +18,25 @@ from typing import IO
 import click
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 
 from swanlab_ray.actors.history import find_runs
+from swanlab_ray.actors.naming import absolute
 from swanlab_ray.actors.protocol import WriterStatus
-from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.settings import LOG_DIR_VARIABLES, ObserverSettings
 from swanlab_ray.actors.status import status_line
 from swanlab_ray.observer.breakdown import breakdown, phases_table
 from swanlab_ray.observer.cluster import NoCluster, running_address, start_private
 from swanlab_ray.observer.identity import fresh_run_id
+from swanlab_ray.observer.render import say
 from swanlab_ray.observer.watch import Watcher, rank_table
 
 POLL_S = 0.5
 PLAIN_LINE_S = 3.0
 """Seconds between two lines where the output is no terminal."""
+END_S = 60.0
+"""Seconds that the training has to end after an interrupt."""
+INTERRUPTED = 130
+"""Exit code, as of what a shell sees ended by SIGINT."""
 
 
 def run_demo(settings: ObserverSettings, ranks: int, steps: int, console: Console, slow_rank: int | None = None) -> int:
@@ -45,29 +51,35 @@ def run_demo(settings: ObserverSettings, ranks: int, steps: int, console: Consol
     run_id = settings.run_id or fresh_run_id("demo")
     _make_directory(settings.log_dir)
     log_path = settings.log_dir / f"{run_id}.log"
-    console.print(f"Training a small Llama: {ranks} ranks, {steps} steps, run {run_id}.", soft_wrap=True, markup=False)
-    console.print("Starting torchrun, its ranks and a Ray cluster (about 20 s) ...")
+    say(console, f"Training a small Llama: {ranks} ranks, {steps} steps, run {run_id}.")
+    say(console, "Starting torchrun, its ranks and a Ray cluster (about 20 s) ...")
     if running_address() is None:
         start_private(run_id, settings.dashboard)  # while torch is being imported
-    with open(log_path, "w") as log, _torchrun(settings, run_id, ranks, steps, slow_rank, log) as training:
-        last = _watch(run_id, training, console)
-        code = training.wait()
+    ours = _command("swanlab-ray")
+    show = f"{ours} show {shlex.quote(run_id)}{_log_dir_option(settings.log_dir)}"
+    try:
+        with open(log_path, "w") as log, _torchrun(settings, run_id, ranks, steps, slow_rank, log) as training:
+            last = _watch(run_id, training, console)
+            code = training.wait()
+    except KeyboardInterrupt:
+        say(console, f"Interrupted, and the training with it. What it has logged: {show}")
+        return INTERRUPTED
     if code:
-        console.print(f"[red]The training failed (exit code {code}).[/] The end of {escape(str(log_path))}:")
-        console.print("\n".join(log_path.read_text().splitlines()[-60:]), markup=False, highlight=False)
+        say(console, f"The training failed (exit code {code}). The end of {log_path}:", "red")
+        for line in log_path.read_text("utf-8", "replace").splitlines()[-60:]:
+            say(console, line)
         return code
     if last is None or not last.closed:
-        console.print(f"[red]The run was not seen to its end;[/] see {escape(str(log_path))}.")
+        say(console, f"The run was not seen to its end; see {log_path}.", "red")
         return 1
     console.print(rank_table(last))
     for notice in last.notices:
-        console.print(notice, markup=False)
+        say(console, notice)
     _show_phases(Path(last.journal), console)
-    console.print(f"One run: {last.url or last.run_dir or last.journal}", soft_wrap=True, markup=False)
-    console.print(f"Open it: {_open_command(last, settings)}", soft_wrap=True, markup=False)
-    ours = _command("swanlab-ray")
-    console.print(f"What became of every event: {ours} show {run_id}", soft_wrap=True, markup=False)
-    console.print(f"The timeline of all ranks: {ours} trace {run_id}", soft_wrap=True, markup=False)
+    say(console, f"One run: {last.url or last.run_dir or last.journal}")
+    say(console, f"Open it: {_open_command(last, settings)}")
+    say(console, f"What became of every event: {show}")
+    say(console, f"The timeline of all ranks: {show.replace(f'{ours} show', f'{ours} trace', 1)}")
     return 0 if last.state == "success" else 1
 
 
@@ -100,7 +112,11 @@ def _torchrun(
     finally:
         if training.poll() is None:
             training.send_signal(signal.SIGINT)
-            training.wait(60)
+            try:
+                training.wait(END_S)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):  # it does not end, or the user does not wait for it
+                os.killpg(training.pid, signal.SIGKILL)
+                training.wait()
 
 
 def _watch(run_id: str, training: subprocess.Popen[str], console: Console) -> WriterStatus | None:
@@ -120,7 +136,7 @@ def _watch(run_id: str, training: subprocess.Popen[str], console: Console) -> Wr
                 last = statuses[0]
                 live.update(rank_table(last), refresh=console.is_terminal)
                 if not console.is_terminal and time.monotonic() >= next_line:
-                    console.print(status_line(last), markup=False, highlight=False, soft_wrap=True)
+                    say(console, status_line(last))
                     next_line = time.monotonic() + PLAIN_LINE_S
             elif not running:
                 break
@@ -134,13 +150,12 @@ def _show_phases(journal: Path, console: Console) -> None:
     """Where the time went, where the journal is within reach."""
     if not journal.is_dir():
         return
-    (run,) = find_runs([journal])
-    found = breakdown(run)
+    found = breakdown(find_runs([journal])[-1])
     if found.steps:
-        console.print("Where the time of a step went (mean):")
+        say(console, "Where the time of a step went (mean):")
         console.print(phases_table(found.steps))
     if found.straggler is not None:
-        console.print(f"Straggler: {found.straggler}", style="yellow", markup=False)
+        say(console, f"Straggler: {found.straggler}", "yellow")
 
 
 def _open_command(status: WriterStatus, settings: ObserverSettings) -> str:
@@ -153,9 +168,16 @@ def _open_command(status: WriterStatus, settings: ObserverSettings) -> str:
 
 def _shorter(path: Path) -> str:
     try:
-        return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+        path = Path(os.path.relpath(path)) if path.is_relative_to(Path.cwd()) else path
     except FileNotFoundError:  # the working directory is gone
-        return str(path)
+        pass
+    return shlex.quote(str(path))
+
+
+def _log_dir_option(log_dir: Path) -> str:
+    """What tells a command where this run lies, if it would look elsewhere."""
+    named = next((os.environ[name] for name in LOG_DIR_VARIABLES if os.environ.get(name)), "swanlog")
+    return "" if absolute(Path(named)) == log_dir else f" --log-dir {_shorter(log_dir)}"
 
 
 def _command(name: str) -> str:

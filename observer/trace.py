@@ -10,7 +10,6 @@ writer's, and a delay of a few milliseconds that is about the same for every hos
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -19,6 +18,7 @@ from swanlab_ray.actors.history import RunFiles, Sequence, merged
 from swanlab_ray.actors.protocol import Spans, decode_batch
 from swanlab_ray.actors.records import Alert, Arrived, Batch
 from swanlab_ray.actors.spans import Span, spans_of
+from swanlab_ray.observer.render import json_text
 
 
 class Timeline:
@@ -62,14 +62,16 @@ class Timeline:
         Raises:
             OSError: that is not possible.
         """
-        with cast("TextIO", gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w")) as file:
+        with cast(
+            "TextIO", gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w", encoding="ascii")
+        ) as file:
             file.write('{"displayTimeUnit": "ms", "traceEvents": [')
             for number, event in enumerate(self.events()):
-                file.write((",\n" if number else "\n") + json.dumps(event))
+                file.write((",\n" if number else "\n") + json_text(event))
             file.write("\n]}\n")
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """The events of the trace; times are in microseconds since the first span."""
+        """The events of the trace; times are in microseconds since the first of them."""
         if not self._spans:
             return
         # Times by each host's clock become those of the first host.
@@ -79,6 +81,8 @@ class Timeline:
             (span.begin + shifts[host], span.end + shifts[host]) for of in self._spans.values() for host, span in of
         ]
         zero, end = min(begin for begin, _ in moments), max(end for _, end in moments)
+        if self._all_steps:  # of which some are older than the first span; times before zero are not drawn
+            zero = min([zero, *(alert.time_ns - first for alert in self._alerts)])
         for rank, spans in sorted(self._spans.items()):
             moved = [span._replace(begin=span.begin + shifts[host] - zero) for host, span in spans]
             yield from self._of_rank(rank, self._hosts.get(rank, "?"), moved)

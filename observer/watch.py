@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
-from rich import box
 from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from swanlab_ray.actors.protocol import ACTOR_PREFIX, NAMESPACE, RankStatus, WriterStatus
 from swanlab_ray.actors.status import duration, standstill, status_line
+from swanlab_ray.actors.text import first_line
 from swanlab_ray.observer import cluster
+from swanlab_ray.observer.render import Column, Grid, cell
 
-__all__ = ["Watcher", "as_json", "rank_table", "status_line"]
+__all__ = ["Watcher", "rank_table", "status_line"]
 
 ANSWER_S = 10.0
 STANDING_S = 10.0
@@ -68,17 +63,20 @@ class Watcher:
 
 def rank_table(status: WriterStatus) -> Group:
     """A row per rank: where it runs, how far it is, and what became of its events."""
-    table = Table(title=_title(status), title_justify="left", box=box.ROUNDED, padding=(0, 0))
-    for name in ("rank", "host", "device", "state", "step", "ms/step", "loss", "logged", "journal", "dropped"):
-        left = name in ("host", "device", "state")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
+    grid = Grid(
+        Column("rank", right=True),
+        Column("host", least=8),
+        Column("device", least=6),
+        Column("state", least=9),
+        *(Column(name, right=True) for name in ("step", "ms/step", "loss", "logged", "journal")),
+        Column("dropped", right=True, least=7),
+    )
     for rank in status.ranks:
-        colour = {"running": "cyan", "success": "green"}.get(rank.state, "red")
-        table.add_row(
+        grid.add(
             str(rank.rank),
             rank.host,
             rank.gpu or "CPU",
-            f"[{colour}]{rank.state}[/]{_standing(rank)}",
+            cell(rank.state, _COLOUR.get(rank.state, "red")) + cell(_standing(rank)),
             _of(rank.step, status.max_steps),
             "-" if rank.step_time is None else f"{rank.step_time * 1e3:.0f}",
             "-" if rank.loss is None else f"{rank.loss:.4f}",
@@ -86,29 +84,26 @@ def rank_table(status: WriterStatus) -> Group:
             str(rank.received),
             str(rank.dropped) if not rank.spooled else f"{rank.dropped} (+{rank.spooled} spooled)",
         )
-    hang = [Text(standstill(status.hang), "red")] if status.hang else []
-    return Group(
-        table,
-        *hang,
+    hang = [cell(standstill(status.hang), "red")] if status.hang else []
+    ledger = (
         f"{status.received} events in the journal, {status.written} scalars written to SwanLab, "
-        f"lag {status.lag:.1f} s, dropped {status.dropped}",
+        f"lag {status.lag:.1f} s, dropped {status.dropped}"
     )
+    return Group(cell(_title(status), "italic"), grid, *hang, cell(ledger))
 
 
-def as_json(status: WriterStatus) -> Any:
-    """The status as plain values, for ``--json``."""
-    return msgspec.to_builtins(status)
+_COLOUR = {"running": "cyan", "success": "green"}
 
 
 def _standing(rank: RankStatus) -> str:
     """How long a rank has not got ahead, where that is long, and what it does."""
     if rank.state != "running" or rank.idle is None or rank.idle < STANDING_S:
         return ""
-    return f" {duration(rank.idle)} {escape(rank.span)}".rstrip()
+    return f" {duration(rank.idle)} {rank.span}".rstrip()
 
 
 def _title(status: WriterStatus) -> str:
-    error = f" - {status.error.splitlines()[0]}" if status.error else ""
+    error = f" - {first_line(status.error)}" if status.error else ""
     return f"{status.project} / {status.experiment or status.run_id} ({status.mode}): {status.state}{error}"
 
 

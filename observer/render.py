@@ -1,0 +1,120 @@
+"""What a terminal shows. Nothing else knows its markup, its width and its encoding; JSON is made here as well."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
+from rich.table import Table
+from rich.text import Text
+
+from swanlab_ray.actors.text import one_line
+
+
+def terminal() -> Console:
+    """Standard output. What is printed there is text, never markup."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def cell(text: object, style: str = "") -> Text:
+    """One line of text as it is: no markup, nothing that a terminal obeys, and only what its encoding has."""
+    return Text(_encodable(one_line(str(text))), style)
+
+
+def say(console: Console, text: object, style: str = "") -> None:
+    """Print a line, which the terminal may wrap, so that what is copied from it is whole."""
+    console.print(cell(text, style), soft_wrap=True)
+
+
+def _encodable(text: str) -> str:
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a :class:`Grid`.
+
+    Args:
+        name: its header.
+        right: numbers stand to the right.
+        least: characters to which it may be folded; 0: it is never folded.
+    """
+
+    name: str
+    right: bool = False
+    least: int = 0
+
+
+class Grid:
+    """Rows below headers; where the terminal is too narrow for that, the values of each row below one another."""
+
+    def __init__(self, *columns: Column) -> None:
+        self._columns = columns
+        self._rows: list[tuple[Text, ...]] = []
+
+    def add(self, *cells: Text | str) -> None:
+        """Add a row, a cell for each column."""
+        self._rows.append(tuple(one if isinstance(one, Text) else cell(one) for one in cells))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
+        widths = [
+            max(cell_len(column.name), *(one.cell_len for one in of_column)) if of_column else cell_len(column.name)
+            for column, of_column in zip(self._columns, zip(*self._rows, strict=True), strict=True)
+        ]
+        needed = [
+            min(width, column.least) if column.least else width
+            for column, width in zip(self._columns, widths, strict=True)
+        ]
+        if sum(needed) + len(needed) + 1 <= options.max_width:
+            yield self._table(needed)
+        else:
+            yield from self._list()
+
+    def _table(self, widths: list[int]) -> Table:
+        table = Table(box=box.ROUNDED, padding=0)
+        for column, width in zip(self._columns, widths, strict=True):
+            table.add_column(
+                cell(column.name),
+                justify="right" if column.right else "left",
+                no_wrap=not column.least,
+                overflow="fold",
+                min_width=width,
+            )
+        for row in self._rows:
+            table.add_row(*row)
+        return table
+
+    def _list(self) -> Iterator[Text]:
+        for row in self._rows:
+            for number, (column, one) in enumerate(zip(self._columns, row, strict=True)):
+                line = Text.assemble("  " if number else "", cell(column.name), ": ", one)
+                line.overflow = "fold"
+                yield line
+
+
+def json_text(value: Any) -> str:
+    """JSON that every reader takes: there is no NaN in it, and no half of a character."""
+    return json.dumps(_plain(msgspec.to_builtins(value, str_keys=True)), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {_plain(str(key)): _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
