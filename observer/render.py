@@ -34,6 +34,15 @@ def say(console: Console, text: object, style: str = "") -> None:
     console.print(cell(text, style), soft_wrap=True)
 
 
+def headline(console: Console, text: object) -> None:
+    """A line with a rule behind it, where there is room for that."""
+    title = cell(text)
+    if title.cell_len + 4 <= console.width:
+        console.rule(title, align="left")
+    else:
+        say(console, text)
+
+
 def _encodable(text: str) -> str:
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:

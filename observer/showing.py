@@ -12,7 +12,7 @@ from swanlab_ray.actors.tables import readable
 from swanlab_ray.actors.text import harmless, one_line
 from swanlab_ray.observer import archive, transcripts
 from swanlab_ray.observer.breakdown import breakdown, phases_table
-from swanlab_ray.observer.render import cell, json_text, say, terminal
+from swanlab_ray.observer.render import headline, json_text, say, terminal
 
 
 def show_run(run: archive.Run, as_json: bool) -> None:
@@ -67,7 +67,7 @@ def show_completions(files: RunFiles, last: int, as_json: bool) -> None:
     console = terminal()
     for row in rows:
         algorithm = f", {row['algorithm']}" if "algorithm" in row else ""
-        console.rule(cell(f"step {row['step']}, rank {row['rank']}{algorithm}"), align="left")
+        headline(console, f"step {row['step']}, rank {row['rank']}{algorithm}")
         values = {one_line(name): value for name, value in row.items() if name not in ("step", "rank", "algorithm")}
         click.echo(harmless(readable(list(values), list(values.values()))))
 
@@ -83,8 +83,7 @@ def show_stacks(files: RunFiles, as_json: bool) -> None:
     console = terminal()
     for rank, stacks in found:
         within = f", in {stacks.span}" if stacks.span else ""
-        where = f"rank {rank}, step {stacks.step}{within}, {archive.moment(stacks.time_ns)}"
-        console.rule(cell(where), align="left")
+        headline(console, f"rank {rank}, step {stacks.step}{within}, {archive.moment(stacks.time_ns)}")
         for thread, frames in zip(stacks.threads, stacks.frames, strict=False):
             say(console, f"{thread}:")
             for frame in frames:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from swanlab_ray.actors.framing import frame
 from swanlab_ray.actors.journal import Journal, run_directory
-from swanlab_ray.actors.records import Entry, Header
+from swanlab_ray.actors.records import Entry, Header, pack
 
 
 def write_journal(log_dir: Path, run_id: str, entries: Iterable[Entry]) -> None:
@@ -20,3 +21,12 @@ def write_journal(log_dir: Path, run_id: str, entries: Iterable[Entry]) -> None:
     for entry in entries:
         journal.append(entry)
     assert journal.close(60)
+
+
+def write_file(path: Path, header: Header | None, entries: Iterable[Entry] = ()) -> None:
+    """One file of records, as it lies on a disk: a journal without a writer, a spool, or one without a header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = b""
+    for entry in [*([header] if header else []), *entries]:
+        data += frame(pack(entry), len(data))
+    path.write_bytes(data)
