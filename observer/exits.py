@@ -10,19 +10,46 @@ from types import TracebackType
 from typing import Any
 
 from swanlab_ray.actors.protocol import State
+from swanlab_ray.observer.secret_shapes import masked
 
-TRACEBACK_LINES = 12
+TRACEBACK_FRAMES = 12
+LONGEST_HEADLINE = 4_000
+"""Characters of an exception's name and message."""
 
 
 def describe(error: BaseException) -> tuple[State, str]:
-    """State and text for an exception that ended something: its name, message and the last lines of its traceback."""
+    """State and text for an exception that ended something: its name, its message and where it was raised.
+
+    No lines of code: they may hold a secret, and so may a message, which is masked.
+    """
     if isinstance(error, KeyboardInterrupt):
         return "aborted", "KeyboardInterrupt (Ctrl-C)"
     if isinstance(error, SystemExit):
-        return "crashed" if error.code not in (None, 0, False) else "aborted", f"sys.exit({error.code!r})"
-    headline = "".join(traceback.format_exception_only(error)).strip()
-    trace = "".join(traceback.format_tb(error.__traceback__)).rstrip().splitlines()[-TRACEBACK_LINES:]
-    return "crashed", "\n".join([headline, *trace])
+        return "crashed" if error.code not in (None, 0, False) else "aborted", _exit_text(error.code)
+    return "crashed", "\n".join([headline(error), *_places(error.__traceback__)])
+
+
+def headline(error: BaseException) -> str:
+    """Name and message of an exception, without secrets; for sentences."""
+    lines = traceback.format_exception_only(error)
+    if isinstance(error, SyntaxError):  # what comes before its last line is code
+        lines = [lines[-1].rstrip(), f" ({error.filename}:{error.lineno})"]
+    return masked("".join(lines)[: 2 * LONGEST_HEADLINE].strip())[:LONGEST_HEADLINE]
+
+
+def _places(trace: TracebackType | None) -> list[str]:
+    frames = [
+        f"  {frame.f_code.co_filename}:{line} in {frame.f_code.co_qualname}" for frame, line in traceback.walk_tb(trace)
+    ]
+    return frames[-TRACEBACK_FRAMES:]
+
+
+def _exit_text(code: Any) -> str:
+    """``sys.exit`` takes a number, or a message."""
+    try:
+        return f"sys.exit({masked(repr(code)[:LONGEST_HEADLINE])})"
+    except Exception:
+        return f"sys.exit({type(code).__name__})"
 
 
 class ExitWatch:
@@ -54,7 +81,7 @@ class ExitWatch:
 
     def _on_sys_exit(self, code: Any = None) -> None:
         if code not in (None, 0, False):
-            self._verdict = ("crashed", f"sys.exit({code!r})")
+            self._verdict = ("crashed", _exit_text(code))
         self._previous_exit(code)
 
     def _run(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
+from swanlab_ray.observer.secret_shapes import masked
+
 logger = logging.getLogger("swanlab_ray")
 
 
@@ -16,7 +18,14 @@ class _Terminal(logging.Handler):
             sys.stderr.write(f"swanlab-ray: {record.getMessage()}\n")
 
 
+def _without_secrets(record: logging.LogRecord) -> bool:
+    """A message may quote an error, a setting or an address."""
+    record.msg, record.args = masked(record.getMessage()), ()
+    return True
+
+
 logger.setLevel(logging.INFO)
+logger.addFilter(_without_secrets)
 logger.addHandler(_Terminal())
 
 _said: set[str] = set()
@@ -32,4 +41,4 @@ def warn_once(key: str, sentence: str) -> None:
 def speak_up() -> None:
     """Print everything, where the application's logging would keep what is below a warning to itself."""
     logger.propagate = False
-    logger.filters.clear()
+    logger.filters[:] = [_without_secrets]

@@ -53,6 +53,7 @@ from swanlab_ray.observer.node_metrics import NodeMetrics
 from swanlab_ray.observer.notices import logger, warn_once
 from swanlab_ray.observer.pulse import Pulse
 from swanlab_ray.observer.redact import plain
+from swanlab_ray.observer.secret_shapes import hide, masked
 from swanlab_ray.observer.spans import NO_SPAN, NoSpan, Span, SpanLog
 from swanlab_ray.observer.spool import Spool
 from swanlab_ray.observer.termination import TerminationWatch
@@ -81,6 +82,9 @@ class Observer:
 
     def __init__(self, settings: ObserverSettings, identity: Identity, link: Link) -> None:
         self.settings = settings
+        for secret in (settings.api_key, settings.lark_secret, settings.lark_webhook_url):
+            if secret is not None:
+                hide(secret.get_secret_value())
         self.rank = identity.rank
         self.world_size = identity.world_size
         self.local_rank = identity.local_rank
@@ -544,8 +548,8 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _readable(text: str | None) -> str | None:
-    """An error may name a file whose name is no Unicode; such text cannot be sent."""
-    return text if text is None else text.encode("utf-8", "replace").decode()
+    """An error without its secrets. It may name a file whose name is no Unicode; such text cannot be sent."""
+    return text if text is None else masked(text).encode("utf-8", "replace").decode()
 
 
 def _ignore(event: object) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from swanlab_ray.observer import archive
+from swanlab_ray.observer.exits import describe
+from swanlab_ray.observer.notices import logger
 from swanlab_ray.observer.redact import plain
 from tests.conftest import Launch, SharedCluster
 from tests.swanlab_cloud import KEY, SwanLabCloud
@@ -71,3 +76,45 @@ def search(directory: Path, cluster: SharedCluster) -> archive.Run:
 def test_a_configuration_is_kept_without_its_secrets() -> None:
     told = {"hub_token": "hf_1", "tracking": {"uri": "https://me:pw@host:5000/x"}, "lr": 0.1, "keys": ["a"]}
     assert plain(told) == {"hub_token": "***", "tracking": {"uri": "https://***@host:5000/x"}, "lr": 0.1, "keys": ["a"]}
+
+
+def leaking() -> None:
+    password = "s3cr3t-Password9"
+    (lambda key: 1 / 0)(key="s3cr3t-Of-The-Line9")
+    raise AssertionError(password)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("login(api_key='s3cr3t-9') failed"), "RuntimeError: login(api_key=***) failed"),
+        (OSError("GET https://me:s3cr3t-9@host/x?token=s3cr3t-9"), "OSError: GET https://***@host/x?token=***"),
+        (ValueError("Bearer s3cr3t-0123456789"), "ValueError: Bearer ***"),
+        (SystemExit("--password s3cr3t-9 is wrong"), "sys.exit('--password *** is wrong')"),
+    ],
+)
+def test_the_message_of_an_error_holds_no_secret(error: BaseException, told: str) -> None:
+    assert describe(error)[1] == told
+
+
+def test_an_error_says_where_it_was_raised_without_code() -> None:
+    try:
+        leaking()
+    except ZeroDivisionError as error:
+        state, text = describe(error)
+    first, *places = text.splitlines()
+    assert (state, first) == ("crashed", "ZeroDivisionError: division by zero")
+    here = Path(__file__)
+    assert [place.split(":")[0].strip() for place in places] == [str(here)] * 3
+    assert [place.rpartition(" in ")[2] for place in places][1:] == ["leaking", "leaking.<locals>.<lambda>"]
+    with pytest.raises(SyntaxError) as raised:
+        compile("login('s3cr3t') if", "train.py", "exec")
+    told = describe(raised.value)[1]
+    assert "s3cr3t" not in told
+    assert "(train.py:1)" in told
+
+
+def test_a_message_of_ours_holds_no_secret(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "swanlab_ray"):
+        logger.warning("%s failed: %s", "https://me:s3cr3t@host", "api_key=s3cr3t")
+    assert [record.getMessage() for record in caplog.records] == ["https://***@host failed: api_key=***"]
