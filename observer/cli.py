@@ -78,7 +78,7 @@ def status(run_id: str | None, as_json: bool) -> None:
     if run_id is not None and not statuses:
         raise _failure(f"No run '{run_id}' is in progress on this cluster.")
     if as_json:
-        click.echo(json_text(statuses))
+        print(json_text(statuses))
         return
     console = terminal()
     if not statuses:
@@ -138,7 +138,7 @@ def runs(log_dir: Path, as_json: bool) -> None:
     refused: list[str] = []
     found = _guarded(lambda: archive.load(log_dir, refused.append)) if log_dir.exists() else []
     if as_json:
-        click.echo(json_text([run.as_json() for run in found]))
+        print(json_text([run.as_json() for run in found]))
     elif found:
         terminal().print(archive.runs_table(found))
     elif not refused:
@@ -232,7 +232,7 @@ def trace(run_id: str | None, output: Path, steps: str | None, log_dir: Path) ->
     except OSError as error:
         raise _failure(f"The trace cannot be written to '{output}': {error.strerror or error}.") from None
     told = f"{timeline.count} spans of run {run.files.run_id} in {output}: open it with https://ui.perfetto.dev"
-    click.echo(one_line(told))
+    print(one_line(told))
 
 
 def _steps(text: str) -> range:
@@ -254,8 +254,8 @@ def verify_journals(paths: tuple[Path, ...]) -> None:
     """
     from swanlab_ray.observer.verification import verify
 
-    whole = _guarded(lambda: verify(paths, lambda line: click.echo(one_line(line))))
-    click.echo("everything is there" if whole else "something is damaged or missing")
+    whole = _guarded(lambda: verify(paths, lambda line: print(one_line(line))))
+    print("everything is there" if whole else "something is damaged or missing")
     sys.exit(0 if whole else 1)
 
 
@@ -301,9 +301,9 @@ def doctor(lark: bool) -> None:
     """Check the settings that the environment gives; with --lark also the Lark (Feishu) bot, by a test message."""
     settings: ObserverSettings = _guarded(ObserverSettings)
     _guarded(lambda: check_writable(settings.log_dir))
-    click.echo(f"Settings: project {settings.project or '(none)'}, mode {settings.mode}, runs in {settings.log_dir}")
+    print(f"Settings: project {settings.project or '(none)'}, mode {settings.mode}, runs in {settings.log_dir}")
     if lark:
-        click.echo(_test_lark(settings))
+        print(_test_lark(settings))
 
 
 def _test_lark(settings: ObserverSettings) -> str:

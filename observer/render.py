@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +20,16 @@ from rich.text import Text
 from swanlab_ray.actors.text import one_line
 
 
+UNBOUNDED = 10_000
+"""Characters of a line where no terminal folds them."""
+
+
 def terminal() -> Console:
-    """Standard output. What is printed there is text, never markup."""
-    return Console(highlight=False, markup=False, emoji=False)
+    """Standard output. What is printed there is text, never markup; in a pipe or a file lines are as long as they are."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = UNBOUNDED
+    return console
 
 
 def cell(text: object, style: str = "") -> Text:
@@ -37,7 +45,7 @@ def say(console: Console, text: object, style: str = "") -> None:
 def headline(console: Console, text: object) -> None:
     """A line with a rule behind it, where there is room for that."""
     title = cell(text)
-    if title.cell_len + 4 <= console.width:
+    if title.cell_len + 4 <= console.width < UNBOUNDED:
         console.rule(title, align="left")
     else:
         say(console, text)

@@ -20,7 +20,7 @@ def show_run(run: archive.Run, as_json: bool) -> None:
     values = archive.latest_values(run)
     if as_json:
         latest = {name: {"step": step, "value": value} for name, (step, value) in values.items()}
-        click.echo(json_text(run.as_json() | {"latest": latest}))
+        print(json_text(run.as_json() | {"latest": latest}))
         return
     console = terminal()
     for line in archive.describe(run):
@@ -37,7 +37,7 @@ def show_phases(files: RunFiles, last: int, as_json: bool) -> None:
     found = breakdown(files, last)
     steps = found.steps
     if as_json:
-        click.echo(json_text([step.as_json() for step in steps]))
+        print(json_text([step.as_json() for step in steps]))
         return
     if not steps:
         raise _nothing(files, "has no spans: ObserverCallback and span() log them.")
@@ -56,7 +56,7 @@ def show_completions(files: RunFiles, last: int, as_json: bool) -> None:
     """The latest rows of RLHF completions, whole."""
     rows = list(transcripts.completions(files, last))
     if as_json:
-        click.echo(json_text(rows))
+        print(json_text(rows))
         return
     if not rows:
         raise _nothing(
@@ -69,14 +69,14 @@ def show_completions(files: RunFiles, last: int, as_json: bool) -> None:
         algorithm = f", {row['algorithm']}" if "algorithm" in row else ""
         headline(console, f"step {row['step']}, rank {row['rank']}{algorithm}")
         values = {one_line(name): value for name, value in row.items() if name not in ("step", "rank", "algorithm")}
-        click.echo(harmless(readable(list(values), list(values.values()))))
+        print(harmless(readable(list(values), list(values.values()))))
 
 
 def show_stacks(files: RunFiles, as_json: bool) -> None:
     """The Python stacks of the ranks of a job that hung."""
     found = archive.stacks(files)
     if as_json:
-        click.echo(json_text([{"rank": rank} | msgspec.structs.asdict(stacks) for rank, stacks in found]))
+        print(json_text([{"rank": rank} | msgspec.structs.asdict(stacks) for rank, stacks in found]))
         return
     if not found:
         raise _nothing(files, "never hung.")

@@ -134,7 +134,7 @@ def test_a_name_stays_in_its_line() -> None:
     assert one_line("中 é 👩\u200d👧") == "中 é 👩\u200d👧"
 
 
-VIEWS = ([], ["--completions"], ["--phases"], ["--stacks"])
+VIEWS: tuple[list[str], ...] = ([], ["--completions"], ["--phases"], ["--stacks"])
 
 
 @settings(max_examples=25, deadline=None, print_blob=True)
