@@ -252,7 +252,7 @@ def verify_journals(paths: tuple[Path, ...]) -> None:
 
     Exit code 0: nothing is damaged or missing, as far as the files can tell; 1: something is.
     """
-    from swanlab_ray.observer.verification import verify
+    from swanlab_ray.observer.verify import verify
 
     whole = _guarded(lambda: verify(paths, lambda line: print(one_line(line))))
     print("everything is there" if whole else "something is damaged or missing")

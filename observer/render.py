@@ -19,13 +19,12 @@ from rich.text import Text
 
 from swanlab_ray.actors.text import one_line
 
-
 UNBOUNDED = 10_000
 """Characters of a line where no terminal folds them."""
 
 
 def terminal() -> Console:
-    """Standard output. What is printed there is text, never markup; in a pipe or a file lines are as long as they are."""
+    """Standard output: what is printed there is text, never markup. In a pipe or a file nothing is folded."""
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = UNBOUNDED
