@@ -224,16 +224,17 @@ def ledger(lives: list[Life]) -> tuple[int, Counts]:
 
     ``logged == written + spooled + sum(dropped)`` for lives that have ended.
     """
-    written = logged = spooled = 0
+    written = logged = spooled = refused = 0
     dropped: dict[str, int] = {}
     for life in lives:
         counted = life.ended.counts if life.ended else Counts()
         written += life.events
         spooled += counted.spooled
+        refused += counted.refused
         logged += max(counted.logged, life.events)
         for reason, number in counted.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + number
-    return written, Counts(logged=logged, spooled=spooled, dropped=dropped)
+    return written, Counts(logged=logged, spooled=spooled, dropped=dropped, refused=refused)
 
 
 def summarise(paths: list[Path]) -> Summary:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from swanlab_ray.actors.history import KILLED, TERMINATED
 from swanlab_ray.actors.protocol import Counted, Doing, Hello, RankStatus, State
 from swanlab_ray.actors.records import Arrived, Counts, Ended
@@ -43,6 +45,7 @@ class Member:
             logged=counts.logged + max(self.counted.logged, self.received),
             spooled=counts.spooled + self.counted.spooled,
             dropped=dropped,
+            refused=counts.refused + self.counted.refused,
         )
 
     def count_killed(self) -> None:
@@ -50,19 +53,18 @@ class Member:
         counted = self.counted
         lost = counted.logged - self.received - counted.spooled - sum(counted.dropped.values())
         if lost > 0:
-            self.counted = Counted(counted.logged, counted.spooled, counted.dropped | {KILLED: lost})
+            self.counted = msgspec.structs.replace(counted, dropped=counted.dropped | {KILLED: lost})
 
     def end(self) -> Ended:
         """The journal's record of how this life ended."""
         assert self.state != "running"
-        counted = self.counted
         return Ended(
             rank=self.hello.rank,
             life=self.hello.life,
             state=self.state,
             error=self.error,
             ended_ns=self.ended_ns,
-            counts=Counts(logged=counted.logged, spooled=counted.spooled, dropped=counted.dropped),
+            counts=counts_of(self.counted),
         )
 
     def status(self, now: float, doing: Doing | None) -> RankStatus:
@@ -108,6 +110,16 @@ def verdict(members: Mapping[int, Member], world_size: int) -> tuple[State, str 
         names = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
         return "crashed", f"of {world_size} ranks, {len(absent)} never reported (rank {names})"
     return "success", None
+
+
+def counts_of(counted: Counted) -> Counts:
+    """The journal's form of what a rank has counted."""
+    return Counts(**msgspec.structs.asdict(counted))
+
+
+def counted_of(counts: Counts) -> Counted:
+    """What the rank had counted of which the journal tells."""
+    return Counted(**counts.model_dump())
 
 
 def arrived(hello: Hello) -> Arrived:

@@ -201,6 +201,8 @@ class Counted(msgspec.Struct, frozen=True, array_like=True):
     """On its own disk, and not taken by the writer."""
     dropped: dict[str, int]
     """By reason."""
+    refused: int = 0
+    """Values, and whole calls, that were wrong and are no events: ``log(step="a")``, a list for a number."""
 
 
 class Doing(msgspec.Struct, frozen=True, array_like=True):
@@ -327,7 +329,7 @@ class WriterStatus(msgspec.Struct, frozen=True, kw_only=True):
     late: int
     """Values that came after their step was reduced over ranks."""
     rejected: int
-    """Values that are no numbers."""
+    """Values, and whole calls, that are no numbers or otherwise wrong."""
     spooled: int
     """Events that ranks keep on their own disks."""
     dropped: int

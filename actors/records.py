@@ -77,6 +77,8 @@ class Counts(BaseModel):
     """Kept on the rank's own disk, for ``swanlab-ray sync``."""
     dropped: dict[str, int] = {}
     """By reason."""
+    refused: int = 0
+    """Values, and whole calls, that were wrong and are no events."""
 
 
 class Ended(_Control):

@@ -25,7 +25,7 @@ from swanlab_ray.actors.history import KILLED, Follower, Life, Summary, ledger, 
 from swanlab_ray.actors.journal import Journal, Position, journal_files, run_directory
 from swanlab_ray.actors.locks import hold_lock, pid_namespace
 from swanlab_ray.actors.mailbox import open_mailbox
-from swanlab_ray.actors.members import Member, arrived, hello_of, verdict
+from swanlab_ray.actors.members import Member, arrived, counted_of, hello_of, verdict
 from swanlab_ray.actors.notifications import MOVES_AGAIN, RESTARTED, Notifications
 from swanlab_ray.actors.protocol import (
     ACTOR_PREFIX,
@@ -33,7 +33,6 @@ from swanlab_ray.actors.protocol import (
     NAMESPACE,
     Ack,
     Beat,
-    Counted,
     Event,
     Farewell,
     Goodbye,
@@ -250,7 +249,7 @@ class Writer:
         )
         rank.next_seq = rank.durable = last.next_seq
         rank.received = last.events
-        rank.counted = Counted(counts.logged, counts.spooled, counts.dropped)
+        rank.counted = counted_of(counts)
         rank.earlier = ledger(lives[:-1])
         rank.view.outcome = last.outcome()
         if last.ended is not None:
@@ -551,7 +550,7 @@ class Writer:
             straggler=str(reducer.timings.straggler or "") or None if reducer else None,
             spans_dropped=reducer.timings.dropped if reducer else 0,
             late=reducer.late if reducer else 0,
-            rejected=self._views.rejected,
+            rejected=self._views.rejected + sum(rank.account()[1].refused for rank in self._ranks.values()),
             spooled=sum(rank.spooled for rank in ranks),
             dropped=sum(rank.dropped for rank in ranks),
             killed=sum(rank.account()[1].dropped.get(KILLED, 0) for rank in self._ranks.values()),

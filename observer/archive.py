@@ -52,6 +52,8 @@ class Account:
     """Counted by a rank that has not ended, and not in the journal yet."""
     missing: int
     """Was in the files and is not any more: damage. At least so many."""
+    refused: int
+    """Values, and whole calls, that were wrong and are no events: no part of the sum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +181,13 @@ def _accounts(journal: Summary, everything: Summary, spooled: dict[tuple[int, st
     for rank in sorted(ranks.keys() | {rank for rank, _ in spooled}):
         lives = {life: said for (number, life), said in journal.lives.items() if number == rank}
         last = ranks[rank][-1] if rank in ranks else None
-        written = logged = aside = on_the_way = missing = 0
+        written = logged = aside = on_the_way = missing = refused = 0
         dropped: dict[str, int] = {}
         for name, said in lives.items():
             counts = said.ended.counts if said.ended else Counts()
             kept = max(spooled.pop((rank, name), 0), counts.spooled)
             lost = {reason: count for reason, count in counts.dropped.items() if reason != KILLED}
+            refused += counts.refused
             rest = max(0, counts.logged - said.events - kept - sum(lost.values()))
             written, aside = written + said.events, aside + kept
             logged += said.events + kept + sum(lost.values()) + rest
@@ -213,6 +216,7 @@ def _accounts(journal: Summary, everything: Summary, spooled: dict[tuple[int, st
             dropped=dropped,
             on_the_way=on_the_way,
             missing=missing,
+            refused=refused,
         )
 
 

@@ -6,13 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from swanlab_ray.actors.protocol import Cell
+from swanlab_ray.observer.never_raises import str_of
 from swanlab_ray.observer.values import HostCopy
 
 Columns = dict[str, list[Any]]
 """Of cells, see :data:`swanlab_ray.actors.protocol.Cell`; while they are made, also of copies from a GPU."""
 
 
-def columns_of(rows: Sequence[Mapping[str, Any]], reject: Callable[[str, str], None]) -> Columns:
+class NoCell(TypeError):
+    """A value is no cell. The message says what it is."""
+
+
+def columns_of(rows: Sequence[Mapping[Any, Any]], reject: Callable[[str, str], None]) -> Columns:
     """Rows of the user's as columns, in the order in which names appear.
 
     Args:
@@ -23,12 +28,14 @@ def columns_of(rows: Sequence[Mapping[str, Any]], reject: Callable[[str, str], N
     for name in dict.fromkeys(name for row in rows for name in row):
         cells: list[Any] = []
         for row in rows:
+            value = row.get(name)
             try:
-                cells.append(plain_cell(row.get(name)))
-            except TypeError as error:
-                reject(str(name), str(error))
+                cells.append(plain_cell(value))
+            except Exception as error:  # a value may be anything
+                why = str(error) if isinstance(error, NoCell) else f"{type(value).__name__} cannot be read"
+                reject(str_of(name), why)
                 cells.append(None)
-        columns[plain_text(str(name))] = cells
+        columns[plain_text(str_of(name))] = cells
     return columns
 
 
@@ -37,13 +44,14 @@ def plain_cell(value: Any) -> Cell | HostCopy:
     a GPU becomes a copy on its way.
 
     Raises:
-        TypeError: it is none of these.
+        NoCell: it is none of these.
+        Exception: what the value itself raises.
     """
     if isinstance(value, int) and abs(value) >= 1 << 63:
         try:
             return float(value)
         except OverflowError:
-            raise TypeError(f"a whole number of {value.bit_length()} bits is too large") from None
+            raise NoCell(f"a whole number of {value.bit_length()} bits is too large") from None
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str):
@@ -55,7 +63,7 @@ def plain_cell(value: Any) -> Cell | HostCopy:
     item = getattr(value, "item", None)
     if callable(item) and getattr(value, "size", None) is not None and getattr(value, "ndim", 1) == 0:
         return plain_cell(item())
-    raise TypeError(f"{type(value).__name__} is neither text nor a number")
+    raise NoCell(f"{type(value).__name__} is neither text nor a number")
 
 
 def plain_text(value: Any) -> str:

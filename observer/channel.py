@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from swanlab_ray.actors.journal import journal_files
-from swanlab_ray.actors.members import arrived
+from swanlab_ray.actors.members import arrived, counts_of
 from swanlab_ray.actors.protocol import (
     BATCH_BYTES,
     BEAT_S,
@@ -35,15 +35,20 @@ from swanlab_ray.actors.protocol import (
     WriterStatus,
     encode_batch,
 )
-from swanlab_ray.actors.records import Counts, Ended, Entry
+from swanlab_ray.actors.records import Ended, Entry
 from swanlab_ray.observer.link import CALL_DEADLINE_S, LinkBroken, RunOver
 from swanlab_ray.observer.notices import logger, warn_once
+from swanlab_ray.observer.opening import Opening
 from swanlab_ray.observer.pulse import Pulse
 from swanlab_ray.observer.spool import Spool
 from swanlab_ray.observer.values import Deferred
 
 CAPACITY = 65_536
 """Events the training thread may be ahead of the flusher; the oldest go first and are counted."""
+LARGE_BYTES = 4096
+"""An event of this size or more counts for :data:`LARGE_TOTAL_BYTES` as well; others are bounded by their number."""
+LARGE_TOTAL_BYTES = 256 << 20
+"""Bytes of large events that the training thread may be ahead of the flusher."""
 UNSENT_BYTES = 64 << 20
 """Bytes of events kept in memory while the writer cannot be reached; the oldest go to the spool."""
 WINDOW = 4
@@ -60,13 +65,16 @@ NO_ROOM = "no room in memory or on disk while the writer was away"
 UNREAD = "a value could not be read"
 UNREADABLE = "the spool could not be read back"
 UNSENT = "not sent when the process ended"
+LATE = "logged after finish()"
 FLUSH_INTERVAL_S = 0.2
 RETRY_S = (0.2, 5.0)
 """First and longest pause between two attempts to connect."""
 UNREACHABLE_S = 20.0
 """How long ``finish()`` tries to reach a writer that is not there."""
 SLACK_S = 5.0
-"""What the flusher may take beyond the deadline, since Ray's own calls have theirs; then it stands still."""
+"""Kept of the time for ``finish()`` for a flusher that stands still: Ray's own calls have deadlines too."""
+OPENING_POLL_S = 0.2
+"""Pause between two looks at the queue while the connection is being opened."""
 FRAMES_TOLD = 6
 """Innermost functions that are named where it stands."""
 
@@ -91,7 +99,7 @@ class ChannelStatistics:
     """Counts of one rank's channel, in events unless said otherwise."""
 
     logged: int
-    """Put in by this rank."""
+    """Put in by this rank, counted where they come in."""
     acknowledged: int
     """In the writer's journal, synced to disk."""
     spooled: int
@@ -153,7 +161,10 @@ class Channel:
         self._pulse = pulse
         self._stacks_told = 0
         self.queue: deque[bytes | Deferred] = deque()
-        """Encoded events the flusher has not taken yet. Append below :data:`CAPACITY`, else :meth:`put`."""
+        """Encoded events the flusher has not taken yet. Append those below :data:`LARGE_BYTES` while it has less than
+        :data:`CAPACITY`, else call :meth:`put`."""
+        self._large_bytes = 0  # of large events in the queue
+        self._counting = threading.Lock()  # held for counts that any thread may change
         self._unsent: deque[bytes] = deque()
         self._unsent_bytes = 0
         self._spool: Spool | None = None
@@ -164,7 +175,11 @@ class Channel:
         self._rescued = False
         self._reading = False  # a value is being read, perhaps from a GPU that hangs
         self._next_seq = 0
+        self._taken = 0  # events, out of the queue
         self._acknowledged = 0
+        self._refused = 0
+        self._late = 0
+        self._opening: Opening | None = None
         self._dropped: dict[str, int] = {}
         self._overflowed = 0
         self._connections = 0
@@ -185,23 +200,48 @@ class Channel:
         self.ready = threading.Event()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._work, name="swanlab-ray-flusher", daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError as error:  # finish() puts aside what there is then
+            self.last_error = f"this process can have no more threads ({error})"
+            warn_once("no thread", f"Nothing can be sent from this rank: {self.last_error}; the training goes on.")
 
     def put(self, event: bytes | Deferred) -> None:
-        """Append an event, or drop the oldest one to make room. Never blocks."""
-        if len(self.queue) >= CAPACITY:
+        """Append an event, or drop the oldest ones to make room. Never blocks."""
+        self._count_large(event, 1)
+        while self.queue and (len(self.queue) >= CAPACITY or self._large_bytes > LARGE_TOTAL_BYTES):
             with suppress(IndexError):  # the flusher has just taken it
                 oldest = self.queue.popleft()
                 self._overflowed += 1
+                self._count_large(oldest, -1)
                 if isinstance(oldest, Deferred):
                     oldest.lost()
         self.queue.append(event)
+
+    def _count_large(self, event: bytes | Deferred, times: int) -> None:
+        if not isinstance(event, Deferred) and len(event) >= LARGE_BYTES:
+            with self._counting:
+                self._large_bytes += times * len(event)
+
+    def refuse(self) -> None:
+        """Count a value or a call that this rank does not log, since it is wrong."""
+        with self._counting:
+            self._refused += 1
+
+    def put_late(self, event: object) -> None:
+        """Count an event that comes after :meth:`finish`, and say so once."""
+        with self._counting:
+            self._late += 1
+        warn_once(
+            "late", "Something was logged after finish(): it is not recorded. Log it before, or connect() once more."
+        )
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything put in so far is in the writer's journal; False after ``timeout`` seconds."""
         target = self.statistics().logged
         deadline = time.monotonic() + timeout
-        self._flushing += 1
+        with self._counting:
+            self._flushing += 1
         try:
             while time.monotonic() < deadline and not self.done.is_set():
                 statistics = self.statistics()
@@ -210,7 +250,8 @@ class Channel:
                 self._wake.set()
                 time.sleep(0.01)
         finally:
-            self._flushing -= 1
+            with self._counting:
+                self._flushing -= 1
         return False
 
     def finish(self, goodbye: Callable[[Counted], Goodbye], timeout: float) -> bool:
@@ -218,7 +259,7 @@ class Channel:
 
         Args:
             goodbye: makes the message from the final counts.
-            timeout: seconds after which the rest is spooled, or given up and counted.
+            timeout: seconds after which it returns; before that the rest is spooled, or given up and counted.
 
         Returns:
             Whether everything was acknowledged.
@@ -231,16 +272,20 @@ class Channel:
 
     def hurry(self, timeout: float) -> bool:
         """Wait for a :meth:`finish` that is under way or over, and let it take no longer; returns what that does."""
-        self._deadline = min(self._deadline, time.monotonic() + timeout)
+        slack = min(SLACK_S, timeout / 5)
+        self._deadline = min(self._deadline, time.monotonic() + timeout - slack)
         self._wake.set()
-        if not self._rescued and not self.done.wait(timeout + SLACK_S):
-            self._rescue()
+        if not self._rescued and not self._done_within(timeout - slack / 2):
+            self._rescue(slack / 2)
         statistics = self.statistics()
         return self.done.is_set() and statistics.acknowledged == statistics.logged
 
-    def _rescue(self) -> None:
+    def _done_within(self, seconds: float) -> bool:
+        return self.done.is_set() or (self.thread.is_alive() and self.done.wait(seconds))
+
+    def _rescue(self, patience: float) -> None:
         """Put aside in place of the flusher, which stands still: in a lock that a fork left behind, or a hung call."""
-        if not self._owned.acquire(timeout=SLACK_S):  # it is the disk that hangs
+        if not self._owned.acquire(timeout=patience):  # it is the disk that hangs
             logger.warning("%s of this rank not sent, nor put on disk in time.", _events(self.statistics().waiting))
             return
         try:
@@ -248,8 +293,9 @@ class Channel:
                 return
             self._rescued = True
             frame = sys._current_frames().get(self.thread.ident or 0)
-            calls = traceback.extract_stack(frame)[-FRAMES_TOLD:] if frame is not None else []
-            self.last_error = f"the thread that sends stands still: {' < '.join(call.name for call in calls[::-1])}"
+            if frame is not None:
+                calls = traceback.extract_stack(frame)[-FRAMES_TOLD:]
+                self.last_error = f"the thread that sends stands still: {' < '.join(call.name for call in calls[::-1])}"
             self._put_aside()
         except Exception:
             logger.warning("This rank's events could not be put aside.\n%s", traceback.format_exc())
@@ -291,8 +337,10 @@ class Channel:
         dropped = dict(self._dropped)
         if self._overflowed:
             dropped[OVERFLOW] = self._overflowed
+        if self._late:
+            dropped[LATE] = self._late
         return ChannelStatistics(
-            logged=self._acknowledged + waiting + spooled + sum(dropped.values()),
+            logged=self._taken + len(self.queue) + self._overflowed + self._late,
             acknowledged=self._acknowledged,
             spooled=spooled,
             dropped=dropped,
@@ -315,7 +363,10 @@ class Channel:
             while True:
                 try:
                     if not self._connected:
-                        self._connect()
+                        if not self._connect():
+                            if self._out_of_time():
+                                break
+                            continue
                         pause = RETRY_S[0]
                     if self._turn():
                         break
@@ -379,12 +430,18 @@ class Channel:
     def _more_to_send(self) -> bool:
         return bool(self._unsent) or (self._spool is not None and self._spool.unread > 0)
 
-    def _connect(self) -> None:
-        spooled = self._spool.first if self._spool is not None else None
-        unacknowledged = [seq for seq in (self._window[0].seq if self._window else None, spooled) if seq is not None]
-        hello = self._hello(min(unacknowledged, default=self._next_seq))
+    def _connect(self) -> bool:
+        """Open the connection. False: it is still being opened, and somebody has to look after the queue."""
+        if self._opening is None:
+            hello = self._hello(self._first_unacknowledged())
+            self._opening = Opening(lambda: self._link.open(hello), self._link.close)
         with self._away():
-            answer = self._link.open(hello)
+            over = self._opening.wait(OPENING_POLL_S)
+        if not over:
+            self._collect()
+            return False
+        opening, self._opening = self._opening, None
+        answer = opening.answer()
         self._connected = True
         self._connections += 1
         self._heed(answer)
@@ -394,6 +451,13 @@ class Channel:
         if self._connections == 1:
             self._on_welcome()
             self.ready.set()
+        return True
+
+    def _first_unacknowledged(self) -> int:
+        """Number of the first batch that this rank can still send."""
+        spooled = self._spool.first if self._spool is not None else None
+        known = [seq for seq in (self._window[0].seq if self._window else None, spooled) if seq is not None]
+        return min(known, default=self._next_seq)
 
     def _heed(self, answer: Ack) -> None:
         self._interval = answer.flush_interval
@@ -406,8 +470,7 @@ class Channel:
             self._stacks_told = answer.stacks
             event = self._pulse.stacks()
             with self._moving:  # not through the queue, where a value may wait for a GPU that hangs
-                self._unsent.append(event)
-                self._unsent_bytes += len(event)
+                self._take(event)
 
     @staticmethod
     def _show(notices: list[str]) -> None:
@@ -447,10 +510,10 @@ class Channel:
                     continue  # the training thread has dropped it, and counted it
                 self.queue.popleft()
                 if event is None:
+                    self._taken += 1
                     self._drop(UNREAD, 1)
                 else:
-                    self._unsent.append(event)
-                    self._unsent_bytes += len(event)
+                    self._take(event)
 
     def _take_encoded(self) -> Deferred | None:
         """Move what is encoded; returns the first that is not, which stays."""
@@ -462,9 +525,14 @@ class Channel:
             if isinstance(event, Deferred):
                 self.queue.appendleft(event)
                 return event
-            self._unsent.append(event)
-            self._unsent_bytes += len(event)
+            self._count_large(event, -1)
+            self._take(event)
         return None
+
+    def _take(self, event: bytes) -> None:
+        self._taken += 1
+        self._unsent.append(event)
+        self._unsent_bytes += len(event)
 
     def _drop(self, reason: str, events: int) -> None:
         self._dropped[reason] = self._dropped.get(reason, 0) + events
@@ -497,9 +565,8 @@ class Channel:
     def _to_spool(self, batch: _Batch, held: bool = False) -> None:
         """Append a batch to the spool, and before it those of the window, since it is in order."""
         if self._spool is None:
-            if self._link.run_id is None:
-                raise OSError("the run has no id yet")
-            self._spool = self._make_spool(self._link.run_id)
+            # Where the ranks have not agreed on one yet, under an id of its own.
+            self._spool = self._make_spool(self._link.run_id or f"unnamed-{self._life}")
         for earlier in self._window:
             if earlier is batch:
                 break
@@ -590,7 +657,7 @@ class Channel:
 
     def _counted(self) -> Counted:
         statistics = self.statistics()
-        return Counted(statistics.logged, statistics.spooled, statistics.dropped)
+        return Counted(statistics.logged, statistics.spooled, statistics.dropped, self._refused)
 
     def _say_goodbye(self) -> None:
         assert self._goodbye is not None
@@ -629,6 +696,7 @@ class Channel:
             left = self._statistics().waiting
             if left:
                 self._drop(UNSENT, left)
+            self._taken += len(self.queue)
             self.queue.clear()
             self._unsent.clear()
             self._window.clear()
@@ -653,7 +721,6 @@ class Channel:
         entries: list[Entry] = [arrived(self._hello(0))]
         if self._goodbye is not None:
             said = self._goodbye(self._counted())
-            counts = Counts(logged=said.counted.logged, spooled=said.counted.spooled, dropped=said.counted.dropped)
             entries.append(
                 Ended(
                     rank=said.rank,
@@ -661,14 +728,17 @@ class Channel:
                     state=said.state,
                     error=said.error,
                     ended_ns=said.time_ns,
-                    counts=counts,
+                    counts=counts_of(said.counted),
                 )
             )
         return entries
 
     def _leave(self) -> None:
         try:
-            self._link.close()
+            if self._opening is not None:
+                self._opening.abandon()
+            else:
+                self._link.close()
         except Exception as error:
             self.last_error = str(error)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import atexit
 import sys
+import threading
 import traceback
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -52,6 +55,10 @@ def _exit_text(code: Any) -> str:
         return f"sys.exit({type(code).__name__})"
 
 
+class _Exit(SystemExit):
+    """What ``sys.exit()`` raises while it is watched; unlike its base it can be referred to weakly."""
+
+
 class ExitWatch:
     """Calls ``at_exit(verdict)`` when the interpreter ends; the verdict is None if nothing spoke against success."""
 
@@ -80,9 +87,23 @@ class ExitWatch:
         self._previous_hook(kind, error, trace)
 
     def _on_sys_exit(self, code: Any = None) -> None:
-        if code not in (None, 0, False):
-            self._verdict = ("crashed", _exit_text(code))
-        self._previous_exit(code)
+        if code in (None, 0, False) or threading.current_thread() is not threading.main_thread():
+            self._previous_exit(code)  # a thread ends by it, the process does not
+        with suppress(SystemExit):
+            self._previous_exit(code)
+        leaving = _Exit(code)
+        verdict: tuple[State, str] = ("crashed", _exit_text(code))
+        self._leaving = weakref.ref(leaving, lambda reference: self._settle(verdict))
+        try:
+            raise leaving
+        finally:
+            del leaving  # a frame that refers to it would keep it alive
+
+    def _settle(self, verdict: tuple[State, str]) -> None:
+        """The exception of sys.exit() is gone. Where it has ended the interpreter no code of Python is running below
+        this; where somebody caught it the program goes on, and it says nothing."""
+        if sys._getframe(1).f_back is None:
+            self._verdict = verdict
 
     def _run(self) -> None:
         self._at_exit(self._verdict)

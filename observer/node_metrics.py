@@ -51,7 +51,10 @@ class NodeMetrics:
         self._stop = threading.Event()
         self._readings: dict[str, deque[float]] = {}
         self._last_step = -1
-        threading.Thread(target=self._work, name="swanlab-ray-node", daemon=True).start()
+        try:
+            threading.Thread(target=self._work, name="swanlab-ray-node", daemon=True).start()
+        except RuntimeError as error:  # this process can have no more threads
+            logger.warning("The load of this machine is not logged: %s", error)
 
     def stop(self) -> None:
         """Take no more samples."""
@@ -81,6 +84,8 @@ class NodeMetrics:
                 waited, self._last_step = 0.0, step
                 values = {name: mean(readings) for name, readings in self._readings.items()}
                 self._readings = {}
+                if self._stop.is_set():
+                    return
                 self._send(encode((SCALARS, step, time_ns(), JOB, values)))
 
     def _sample_gpu(self, name: str, gpu: Any) -> None:

@@ -9,12 +9,11 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from time import monotonic, time_ns
 from types import TracebackType
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, get_args
 
 from swanlab_ray.actors.history import TERMINATED
 from swanlab_ray.actors.locks import pid_namespace
@@ -37,7 +36,7 @@ from swanlab_ray.actors.status import ending
 from swanlab_ray.actors.version import package_version
 from swanlab_ray.observer import spans
 from swanlab_ray.observer.cells import columns_of
-from swanlab_ray.observer.channel import CAPACITY, Channel, ChannelStatistics, Link
+from swanlab_ray.observer.channel import CAPACITY, LARGE_BYTES, Channel, ChannelStatistics, Link
 from swanlab_ray.observer.exits import ExitWatch, describe
 from swanlab_ray.observer.identity import (
     Identity,
@@ -49,6 +48,8 @@ from swanlab_ray.observer.identity import (
     which_launch,
 )
 from swanlab_ray.observer.link import RayLink
+from swanlab_ray.observer.never_raises import Wrong, never_raises, shown, str_of
+from swanlab_ray.observer.no_channel import NoChannel
 from swanlab_ray.observer.node_metrics import NodeMetrics
 from swanlab_ray.observer.notices import logger, warn_once
 from swanlab_ray.observer.pulse import Pulse
@@ -63,14 +64,12 @@ FINISH_TIMEOUT_S = 90.0
 """How long ``finish()`` takes at most: SwanLab gets 60 s to close, the rest is for sending."""
 SIGTERM_S = 4.0
 """The same after SIGTERM; launchers wait 30 s before they send SIGKILL."""
+MOST = (1 << 63) - 1
+"""The highest step: what SwanLab can keep."""
 STRICT_CONNECT_S = 120.0
 """How long ``connect()`` waits for the writer under ``strict=True``: a cluster may have to be started."""
 STRICT_RETRY_S = 5.0
 """The same once there was an error."""
-
-
-class _Refused(ValueError):
-    """A whole call cannot be logged. The message says why."""
 
 
 class Observer:
@@ -103,8 +102,6 @@ class Observer:
         self.tokenizers: set[str] = set()
         """Names of the tokenizers that the writer was sent."""
         self._finished = False
-        self._inherited = False
-        """This is a copy in a forked child."""
         self._pid_namespace = pid_namespace()
         self.spans = SpanLog(self.send, lambda: self._last_step + 1, settings.cuda_spans)
         """Takes what :meth:`span` measures; for callbacks."""
@@ -119,9 +116,9 @@ class Observer:
             lambda run_id: Spool(settings, run_id, identity.rank, self._life),
             Pulse(self.spans, self._known_step),
         )
-        self._put = self._channel.put
+        self._put: Callable[[bytes | Deferred], object] = self._channel.put
         self._queue = self._channel.queue
-        self._append = self._queue.append
+        self._append: Callable[[bytes | Deferred], object] = self._queue.append
         self.span = partial(Span, self.spans)  # type: ignore[method-assign]  # the method, without its frame
         self._node: NodeMetrics | None = None
         if identity.local_rank == 0 and settings.node_interval > 0:
@@ -142,14 +139,9 @@ class Observer:
         return self.spans.step
 
     @step.setter
+    @never_raises(None)
     def step(self, step: int | None) -> None:
-        try:
-            step = None if step is None else self._checked_step(step)
-            if step is not None and step.bit_length() > 63:
-                raise _Refused(f"observer.step has {step.bit_length()} bits, 63 are the most.")
-            self.spans.step = step
-        except _Refused as error:
-            self._reject(str(error))
+        self.spans.step = None if step is None else self._checked_step(step)
 
     @property
     def finished(self) -> bool:
@@ -169,14 +161,14 @@ class Observer:
             step: 0 or more; by default one more than the last one logged here.
         """
         # The hot path: one typed check, one encoding in C, one append.
-        if type(step) is int and step >= 0 and type(data) is dict:
+        if type(step) is int and 0 <= step < 1 << 63 and type(data) is dict:
             try:
                 event = encode((SCALARS, step, time_ns(), USER, data))
             except Exception:  # something in it is no number, or lies on a GPU
-                self._log_salvaged(data, step, USER)
+                self._log(data, step, USER)
                 return
             self._last_step = step
-            if len(self._queue) < CAPACITY:
+            if len(self._queue) < CAPACITY and len(event) < LARGE_BYTES:
                 self._append(event)
             else:
                 self._put(event)
@@ -191,57 +183,62 @@ class Observer:
         """Log this rank's own measurements, shown over ranks only: ``ranks/<name>/...`` and ``rank/<rank>/<name>``."""
         self._log(data, step, RANK)
 
+    @never_raises(None)
     def _log(self, data: Any, step: Any, scope: int) -> None:
-        try:
-            if type(step) is not int or step < 0:
-                step = self._checked_step(step)
-            event = encode((SCALARS, step, time_ns(), scope, data if type(data) is dict else self._as_dict(data)))
-        except _Refused as error:
-            self._reject(str(error))
-            return
-        except Exception:
-            self._log_salvaged(data, step, scope)
-            return
-        self._last_step = step
-        self._put(event)
-
-    def _log_salvaged(self, data: Mapping[Any, Any], step: int, scope: int) -> None:
-        """The slow path: name what cannot be logged, keep the rest; values on a GPU are read by the flusher."""
+        """The slow path: what cannot be logged is named, the rest is kept; values on a GPU are read by the flusher."""
+        number = self._checked_step(step)
+        if not isinstance(data, Mapping):
+            raise Wrong(f"log {type(data)}", f"log() takes a dict of names and numbers, not {type(data).__name__}.")
         now = time_ns()
-        kept = salvage(data, lambda key, reason: self._reject(f"{key!r} is not logged: {reason}; log numbers.", key))
+        event: bytes | Deferred | None
         try:
-            copies = [value for value in kept.values() if isinstance(value, HostCopy)]
-            if copies:
-                self._put(Deferred(copies, lambda: encode((SCALARS, step, now, scope, kept))))
-            elif kept:
-                self._put(encode((SCALARS, step, now, scope, kept)))
+            event = encode((SCALARS, number, now, scope, data if type(data) is dict else dict(data)))
         except Exception:
-            self._reject(f"A call of log() is not logged: its step has {step.bit_length()} bits, 63 are the most.")
-            return
-        self._last_step = step
+            event = self._salvaged(data, number, now, scope)
+        self._last_step = number
+        if event is not None:
+            self._put(event)
+
+    def _salvaged(self, data: Mapping[Any, Any], step: int, now: int, scope: int) -> bytes | Deferred | None:
+        kept = salvage(data, self._reject)
+        copies = [value for value in kept.values() if isinstance(value, HostCopy)]
+        if copies:
+            return Deferred(copies, lambda: encode((SCALARS, step, now, scope, kept)))
+        return encode((SCALARS, step, now, scope, kept)) if kept else None
 
     def _checked_step(self, step: Any) -> int:
         if step is None:
-            return self._last_step + 1
+            return min(self._last_step + 1, MOST)
         try:
             number = operator.index(step)
-        except TypeError:
-            raise _Refused(f"step {step!r} is not a whole number: pass an int of 0 or more, or leave it out.") from None
+        except Exception:
+            raise Wrong(
+                f"step {type(step)}",
+                f"step {shown(step)!r} is not a whole number: pass an int of 0 or more, or leave it out."
+                if isinstance(step, str)
+                else f"step {shown(step)} is not a whole number: pass an int of 0 or more, or leave it out.",
+            ) from None
         if number < 0:
-            raise _Refused(f"step {number} is negative: pass an int of 0 or more, or leave it out.")
+            raise Wrong("step < 0", f"step {shown(number)} is negative: pass an int of 0 or more, or leave it out.")
+        if number > MOST:
+            raise Wrong(
+                "step > 63 bits", f"A step has {number.bit_length()} bits, 63 are the most: pass a smaller one."
+            )
         return number
 
-    @staticmethod
-    def _as_dict(data: Any) -> dict[Any, Any]:
-        if not isinstance(data, Mapping):
-            raise _Refused(f"log() takes a dict of names and numbers, not {type(data).__name__} {data!r:.60}.")
-        return dict(data)
-
-    def _reject(self, sentence: str, key: str | None = None) -> None:
+    def _reject(self, name: str, why: str) -> None:
+        """A value is not logged."""
+        sentence = f"{shown(repr(name))} is not logged: {why}."
         if self.settings.strict:
-            raise ValueError(sentence)
-        warn_once(f"rejected {key or sentence.split()[0]}", sentence)
+            raise Wrong(name, sentence)
+        self.excuse(f"value {name}", sentence)
 
+    def excuse(self, key: str, sentence: str) -> None:
+        """Count something that is wrong and is not logged, and say so once under this key."""
+        self._channel.refuse()
+        warn_once(f"wrong {key}", sentence)
+
+    @never_raises(None)
     def log_completions(self, rows: Iterable[Mapping[str, Any]], step: SupportsIndex | None = None) -> None:
         """Log what the model was shown and has said, for the table ``rlhf_completions``.
 
@@ -250,22 +247,30 @@ class Observer:
                 text, numbers, truth values, or conversations (lists of messages).
             step: 0 or more; by default that of the last call of :meth:`log`.
         """
+        number = max(0, self._last_step) if step is None else self._checked_step(step)
+        columns = columns_of(self._rows_of(rows), self._reject)
+        if columns:
+            event = (COMPLETIONS, number, time_ns(), "", "", 0, columns)
+            copies = [cell for cells in columns.values() for cell in cells if isinstance(cell, HostCopy)]
+            self._put(Deferred(copies, lambda: encode(event)) if copies else encode(event))
+
+    def _rows_of(self, rows: Any) -> list[dict[Any, Any]]:
+        """The rows that are such."""
+        if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
+            sentence = f"log_completions() takes a list of dicts, one for each sample, not {shown(rows)}."
+            raise Wrong(f"rows {type(rows)}", sentence)
+        good: list[dict[Any, Any]] = []
         try:
-            step = max(0, self._last_step) if step is None else self._checked_step(step)
-            listed = [] if isinstance(rows, (str, Mapping)) else list(rows)
-            if isinstance(rows, (str, Mapping)) or not all(isinstance(row, Mapping) for row in listed):
-                raise _Refused(f"log_completions() takes a list of dicts, one for each sample, not {rows!r:.60}.")
-            columns = columns_of(listed, lambda name, why: self._reject(f"{name!r} is not logged: {why}.", name))
-            if columns and step.bit_length() > 63:
-                raise _Refused(f"Completions are not logged: their step has {step.bit_length()} bits, 63 are the most.")
-            if columns:
-                event = (COMPLETIONS, step, time_ns(), "", "", 0, columns)
-                copies = [cell for cells in columns.values() for cell in cells if isinstance(cell, HostCopy)]
-                self._put(Deferred(copies, lambda: encode(event)) if copies else encode(event))
-        except _Refused as error:
-            self._reject(str(error))
+            for row in rows:
+                if isinstance(row, Mapping):
+                    good.append(dict(row))
+                else:
+                    self._reject("a row of log_completions()", f"it is {type(row).__name__}, not a dict")
+        except Wrong:
+            raise
         except Exception as error:
-            self._reject(f"Completions could not be logged: {error}", f"completions {type(error).__name__}")
+            self._reject("the rest of log_completions()", f"it cannot be read ({type(error).__name__})")
+        return good
 
     def span(self, name: str) -> Span | NoSpan:
         """Measure a block: ``with observer.span("forward"): ...``. Spans nest, and belong to the step under way."""
@@ -275,24 +280,37 @@ class Observer:
         """Queue an encoded event; for callbacks. Never blocks."""
         self._put(event)
 
-    def config(self, values: Mapping[str, Any] | None = None, **more: Any) -> None:
+    @never_raises(None)
+    def config(self, /, values: Mapping[str, Any] | None = None, **more: Any) -> None:
         """Add to the run's configuration. Values may be nested; secrets are masked by their names."""
-        try:
-            self._put(encode((CONFIG, plain({**(values or {}), **more}))))
-        except Exception as error:
-            self._reject(f"A configuration could not be recorded: {error}")
+        self._put(encode((CONFIG, plain({**(values or {}), **more}))))
 
+    @never_raises(None)
     def progress(self, step: int, max_steps: int = 0, epoch: float | None = None) -> None:
         """Say how far the training is, for the status; ``max_steps`` 0 where it is not known."""
-        with suppress(Exception):
-            self._put(encode((PROGRESS, step, max_steps, epoch)))
+        if not self._finished:
+            self._put(encode((PROGRESS, self._checked_step(step), max(0, min(max_steps, MOST)), epoch)))
 
+    @never_raises(None)
     def set_result(self, state: State | None, error: str | None = None) -> None:
         """Say how this rank has ended should the process end now; None: it is at work (again)."""
-        self.result = (state, error)
-        with suppress(Exception):
-            self._put(encode((OUTCOME, state, _readable(error), time_ns())))
+        if state is not None:
+            state = self._checked_state(state)
+        self.result = (state, _readable(error))
+        if not self._finished:
+            self._put(encode((OUTCOME, *self.result, time_ns())))
 
+    def _checked_state(self, state: State) -> State:
+        if state not in get_args(State):
+            known = ", ".join(get_args(State))
+            sentence = f"state {shown(state)!r} is none of {known}: it is taken for 'crashed'."
+            if self.settings.strict:
+                raise Wrong("state", sentence)
+            self.excuse("state", sentence)
+            return "crashed"
+        return state
+
+    @never_raises(False)
     def wait_ready(self, timeout: float) -> bool:
         """Wait until the writer has welcomed this rank."""
         return self._channel.ready.wait(timeout)
@@ -310,6 +328,7 @@ class Observer:
                 self.finish("aborted", "never connected", timeout=0.1)
                 raise ConnectionError(f"The writer cannot be reached: {self._channel.last_error}")
 
+    @never_raises(False)
     def flush(self, timeout: float = 10.0) -> bool:
         """Wait until everything logged so far is in the journal, on disk; False after ``timeout`` seconds."""
         return self._channel.flush(timeout)
@@ -318,21 +337,24 @@ class Observer:
         """Counts of events logged, acknowledged, spooled, waiting and dropped."""
         return self._channel.statistics()
 
+    @never_raises(False)
     def finish(self, state: State = "success", error: str | None = None, timeout: float = FINISH_TIMEOUT_S) -> bool:
         """End this rank's part; the last rank's finish closes the run and waits for it.
 
         Args:
             state: ``success``, ``crashed`` or ``aborted``.
             error: why, unless it was a success.
-            timeout: seconds after which what is left is put on disk; it returns a few seconds later at the latest.
+            timeout: seconds after which it returns; what is left by then is put on disk.
 
         Returns:
             Whether everything this rank logged is in the writer's journal.
         """
-        if self._inherited:
+        if isinstance(self._channel, NoChannel):
             return True
+        timeout = max(0.0, float(timeout))
         if self._finished:
             return self._channel.hurry(timeout)  # another thread may be at it
+        state = self._checked_state(state)
         self._finished = True
         if self._node is not None:
             self._node.stop()
@@ -352,7 +374,7 @@ class Observer:
         )
         self._watch.stop()
         self._termination.stop()
-        self._put = self._append = _ignore
+        self._put = self._append = self._channel.put_late
         self.outcome = self._channel.outcome
         if self.outcome is not None:
             logger.info(ending(self.outcome))
@@ -362,6 +384,7 @@ class Observer:
     def __enter__(self) -> Observer:
         return self
 
+    @never_raises(None)
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -426,9 +449,10 @@ class Observer:
 
     def _forked(self) -> None:
         """In a forked child: the flusher does not exist here, and the run is the parent's."""
-        self._put = self._append = _ignore
+        self._channel = NoChannel()
+        self._put = self._append = self._channel.put
         self.spans.close()
-        self._finished = self._inherited = True
+        self._finished = True
         self._watch.stop()
 
 
@@ -547,10 +571,11 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _readable(text: str | None) -> str | None:
-    """An error without its secrets. It may name a file whose name is no Unicode; such text cannot be sent."""
-    return text if text is None else masked(text).encode("utf-8", "replace").decode()
+def _readable(error: object) -> str | None:
+    """An error, which may be an exception, without its secrets. It may name a file whose name is no Unicode; such text
+    cannot be sent."""
+    return None if error is None else masked(str_of(error)).encode("utf-8", "replace").decode()
 
 
 def _ignore(event: object) -> None:
-    """Takes the place of the channel after the end."""
+    """Takes the place of a channel."""

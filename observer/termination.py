@@ -17,6 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
+from swanlab_ray.observer.notices import logger
+
 TOLD_S = 5.0
 """How long the process lives on at the most, to tell the writer; launchers wait 30 s before they send SIGKILL."""
 
@@ -35,6 +37,13 @@ class TerminationWatch:
             return
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             return
+        try:
+            self._begin()
+        except (OSError, RuntimeError) as error:  # no more descriptors, or threads
+            self.stop()
+            logger.warning("SIGTERM will not be told to the writer (%s); the training goes on.", error)
+
+    def _begin(self) -> None:
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)

@@ -1,7 +1,8 @@
 """From what people log to bytes, on the thread that logs: encoded at once, so later changes do not show.
 
-Plain numbers, numpy numbers and 0-d CPU tensors become floats here. A value on a GPU is copied to the host without
-waiting for the GPU, and read by the flusher. None, strings and lists are passed on; the writer rejects them by name.
+Plain numbers, numpy numbers, and CPU tensors and arrays of one element become floats here. A value on a GPU is copied
+to the host without waiting for the GPU, and read by the flusher. None, strings and lists are passed on; the writer
+rejects them by name.
 """
 
 from __future__ import annotations
@@ -16,46 +17,126 @@ class OnDevice(Exception):
     """A value lies on a GPU: reading it now would wait for everything that is queued there."""
 
 
+class NotANumber(TypeError):
+    """A value cannot be logged. The message says why, and what to log instead."""
+
+
+DEEPEST = 32
+"""Mappings within each other that are followed."""
+
+
 def _to_float(value: Any) -> float:
-    if getattr(value, "is_cuda", False):
-        raise OnDevice
-    if isinstance(value, HostCopy):
-        value = value.read()
     try:
+        value = _whole(value)
+        if getattr(value, "is_cuda", False):
+            raise OnDevice
+        if isinstance(value, HostCopy):
+            value = value.read()
         detach = getattr(value, "detach", None)  # a tensor that needs a gradient warns when it is read
-        return float(value if detach is None else detach())
+        if detach is not None:
+            value = detach()
+        elif getattr(value, "size", None) == 1:  # an array of one element, as a tensor of one is taken too
+            value = value.item()
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    except (OnDevice, NotANumber):
+        raise
     except Exception:
-        raise TypeError(f"{type(value).__name__} is not a number") from None
+        pass
+    raise NotANumber(f"{type(value).__name__} is not a number; log numbers")
 
 
-encode = msgspec.msgpack.Encoder(enc_hook=_to_float).encode
-"""Encode an event. Raises TypeError for what is no number, :class:`OnDevice` for a value on a GPU."""
+def _whole(value: Any) -> Any:
+    """The tensor that a DTensor stands for, where this rank has all of it.
+
+    Raises:
+        NotANumber: it has a part; the whole would take a collective, which only the training may start.
+    """
+    placements = getattr(value, "placements", None)
+    if placements is None or not hasattr(value, "to_local"):
+        return value
+    if value.device_mesh.size() == 1 or all(placement.is_replicate() for placement in placements):
+        return value.to_local()
+    parts = ", ".join(map(str, placements))
+    raise NotANumber(f"it is only this rank's part of a {type(value).__name__} ({parts}); log its full_tensor()")
 
 
-def salvage(data: Mapping[Any, Any], reject: Callable[[str, str], None], prefix: str = "") -> dict[str, Any]:
+encode = msgspec.msgpack.Encoder(enc_hook=_to_float, decimal_format="number").encode
+"""Encode an event.
+
+Raises:
+    NotANumber: a value is none.
+    OnDevice: a value is on a GPU.
+    Exception: what msgspec cannot encode: huge integers, lone surrogates, mappings that contain themselves.
+"""
+
+
+def salvage(data: Mapping[Any, Any], reject: Callable[[str, str], None]) -> dict[str, Any]:
     """The part of ``data`` that can be written, flat; each other value is named to ``reject(key, reason)``.
 
     Values on a GPU become a :class:`HostCopy`.
     """
     kept: dict[str, Any] = {}
-    for name, value in data.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            kept.update(salvage(value, reject, f"{key}/"))
-            continue
-        try:
-            if value is None or isinstance(value, (str, bytes)):
-                raise TypeError(f"{'None' if value is None else type(value).__name__} is not a number")
-            key.encode()  # a lone surrogate cannot be sent
-            kept[key] = _to_float(value)
-        except OnDevice:
-            try:
-                kept[key] = HostCopy(value.reshape(()))
-            except Exception:
-                reject(key, f"{type(value).__name__} on a GPU is not a single number")
-        except (TypeError, ValueError) as error:
-            reject(key, str(error))
+    _salvage(data, "", kept, reject, ())
     return kept
+
+
+def _salvage(
+    data: Mapping[Any, Any],
+    prefix: str,
+    kept: dict[str, Any],
+    reject: Callable[[str, str], None],
+    around: tuple[int, ...],
+) -> None:
+    if id(data) in around or len(around) >= DEEPEST:
+        reject(prefix.rstrip("/"), "it contains itself, or more mappings within each other than anybody reads")
+        return
+    try:
+        items = _items(data)
+    except Exception as error:
+        reject(prefix.rstrip("/"), f"its items cannot be read ({type(error).__name__})")
+        return
+    for name, value in items:
+        key, why, nested, number = "", "", False, None
+        try:
+            key = f"{prefix}{name}"
+            key.encode()  # a lone surrogate cannot be sent
+            nested = isinstance(value, Mapping)
+            number = None if nested else _number(value)
+        except NotANumber as error:
+            why = str(error)
+        except Exception as error:
+            why = f"its name cannot be sent ({type(error).__name__})"
+        if why:
+            reject(key or f"{prefix}{type(name).__name__}", why)
+        elif nested:
+            _salvage(value, f"{key}/", kept, reject, (*around, id(data)))
+        else:
+            kept[key] = number
+
+
+def _items(data: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """A mapping's items, though another thread may be changing it."""
+    for _ in range(10):
+        try:
+            return list(data.items())
+        except RuntimeError:
+            continue
+    return list(data.items())
+
+
+def _number(value: Any) -> float | HostCopy:
+    if value is None or isinstance(value, (str, bytes)):
+        raise NotANumber(f"{'None' if value is None else type(value).__name__} is not a number; log numbers")
+    try:
+        return _to_float(value)
+    except OnDevice:
+        try:
+            return HostCopy(_whole(value).reshape(()))
+        except NotANumber:
+            raise
+        except Exception:
+            raise NotANumber(f"{type(value).__name__} on a GPU is not a single number; log numbers") from None
 
 
 class HostCopy:
