@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from swanlab_ray.actors import framing
-from swanlab_ray.actors.journal import Position, being_written, journal_files
+from swanlab_ray.actors.at_work import AtWork, at_work
+from swanlab_ray.actors.journal import Position, journal_files
 from swanlab_ray.actors.naming import is_run_id, run_id_of
-from swanlab_ray.actors.protocol import Outcome, State, decode_batch
+from swanlab_ray.actors.protocol import Outcome, State, Undecodable, decode_batch
 from swanlab_ray.actors.records import (
     Alert,
     Arrived,
@@ -165,7 +166,7 @@ class Life:
             return None
         try:
             events, _ = decode_batch(self.last_batch.data)
-        except Exception:  # its checksum is right, so a rank of another version has written it
+        except Undecodable:
             return None
         last = events[-1] if events else None
         return last if isinstance(last, Outcome) and last.state is not None else None
@@ -189,8 +190,8 @@ class Summary:
     """Keys of the notifications that it has sent."""
     finished: Finished | None = None
     closed: Closed | None = None
-    rows: int = 0
-    """Rows that SwanLab's cloud has confirmed."""
+    rows: dict[int, int] = field(default_factory=dict)
+    """Rows that SwanLab's cloud has confirmed, by the version of the reduction that made them."""
     damaged: list[Damaged] = field(default_factory=list)
     files: int = 0
     size: int = 0
@@ -300,7 +301,7 @@ def _count(summary: Summary, sequence: Sequence, entry: Entry) -> None:
             case Notified():
                 summary.notified.add(entry.key)
             case Delivered():
-                summary.rows = max(summary.rows, entry.rows)
+                summary.rows[entry.reduction_version] = max(summary.rows.get(entry.reduction_version, 0), entry.rows)
             case Finished():
                 summary.finished = entry
             case Closed():
@@ -348,9 +349,16 @@ class RunFiles:
         return len({path.parent for path in self.journals}) > 1
 
     @property
+    def at_work(self) -> AtWork | None:
+        """Who writes it at present: its writer, or a rank its spool."""
+        latest = {path.parent: path for path in self.journals}
+        found = (at_work(path, read_header(path) or self.header) for path in [*latest.values(), *self.spools])
+        return next((one for one in found if one is not None), None)
+
+    @property
     def in_progress(self) -> bool:
-        """Whether a writer of this machine is at work on it."""
-        return bool(self.journals) and being_written(self.journals[-1])
+        """Whether somebody is at work on it."""
+        return self.at_work is not None
 
 
 def find_runs(paths: list[Path]) -> list[RunFiles]:

@@ -99,15 +99,17 @@ def journal_files(directory: Path) -> dict[int, Path]:
     return dict(sorted(names))
 
 
-def being_written(path: Path) -> bool:
-    """Whether a living process of this machine appends to this file."""
+def being_written(path: Path) -> bool | None:
+    """Whether a living process of this machine appends to this file; None: its disk has no locks to tell."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except FileNotFoundError:
+        return False
     except OSError:
-        pass
+        return None
     return False
 
 

@@ -8,7 +8,7 @@ by the rank, and stays so on the wire and in the journal.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import zstandard
@@ -35,12 +35,22 @@ RANK = 2
 """A rank's own measurement (its loss, its step time): only the view over ranks."""
 
 SCALARS, CONFIG, PROGRESS, OUTCOME, COMPLETIONS, TOKENIZER, SPANS, STACKS = range(8)
+_KINDS = ("scalars", "config", "progress", "outcome", "completions", "tokenizer", "spans", "stacks")
+
+Step = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+"""What SwanLab can hold."""
+
+
+def _check(columns_fit: bool) -> None:
+    """Part of decoding an event that another version, or a damaged memory, has written."""
+    if not columns_fit:
+        raise ValueError("its columns do not fit together")
 
 
 class Scalars(msgspec.Struct, array_like=True, tag=SCALARS, frozen=True, gc=False):
     """One ``log()`` call. ``time_ns`` is Unix time in nanoseconds, ``values`` is flat."""
 
-    step: int
+    step: Step
     time_ns: int
     scope: int
     values: dict[str, float]
@@ -78,7 +88,7 @@ Cell = None | bool | int | float | str | bytes
 class Completions(msgspec.Struct, array_like=True, tag=COMPLETIONS, frozen=True):
     """Rows of what a model was shown or has said, as columns of one length."""
 
-    step: int
+    step: Step
     time_ns: int
     algorithm: str
     """``dpo``, ``grpo``, ...; empty for rows of the user's own."""
@@ -88,6 +98,9 @@ class Completions(msgspec.Struct, array_like=True, tag=COMPLETIONS, frozen=True)
     """Rows of this rank's batch that do not fit the table's bound, and were not sent."""
     columns: dict[str, list[Any]]
     """Of :data:`Cell`; msgspec has no union of text and bytes."""
+
+    def __post_init__(self) -> None:
+        _check(len(set(map(len, self.columns.values()))) <= 1)
 
     @property
     def rows(self) -> int:
@@ -130,6 +143,13 @@ class Spans(msgspec.Struct, array_like=True, tag=SPANS, frozen=True):
     gpu: list[int]
     """Time between CUDA events at begin and end; -1 where that was not measured, empty where nothing was."""
 
+    def __post_init__(self) -> None:
+        count = len(self.name)
+        _check(all(len(column) == count for column in (self.thread, self.step, self.begins, self.durations)))
+        _check(all(len(column) in (0, count) for column in (self.parents, self.gpu)))
+        for column, names in ((self.thread, self.threads), (self.name, self.names)):
+            _check(not column or (min(column) >= 0 and max(column) < len(names)))
+
 
 class Stacks(msgspec.Struct, array_like=True, tag=STACKS, frozen=True):
     """Where the threads of a rank stand, while the job does not get ahead."""
@@ -144,6 +164,9 @@ class Stacks(msgspec.Struct, array_like=True, tag=STACKS, frozen=True):
     """Their names; the first is the thread that trains."""
     frames: list[list[str]]
     """Of each thread, such as ``/job/train.py:88 in load``, the innermost first."""
+
+    def __post_init__(self) -> None:
+        _check(len(self.threads) == len(self.frames))
 
 
 Event = Scalars | Config | Progress | Outcome | Completions | Tokenizer | Spans | Stacks
@@ -355,6 +378,27 @@ COMPRESS_BYTES = 512
 BATCH_LIMIT = 256 << 20
 """Bytes that a batch may unpack to; a larger one is no batch of ours."""
 _PACKED = zstandard.FRAME_HEADER
+_BAD = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError)
+"""What decoding bytes raises that are not what they should be."""
+
+
+class Undecodable(ValueError):
+    """A batch that this version cannot read: its checksum is right, so it was sent like that."""
+
+
+class Rejected(msgspec.Struct, frozen=True):
+    """A value that cannot be written, or an event that is not understood: its key or kind, and why."""
+
+    key: str
+    reason: str
+    whole: bool = False
+    """It is an event that this version does not understand."""
+
+    @property
+    def sentence(self) -> str:
+        """For the user of the rank that has logged it."""
+        advice = "is the same version of swanlab-ray installed on all machines?" if self.whole else "log numbers."
+        return f"'{self.key}' is not logged: {self.reason}; {advice}"
 
 
 def encode_batch(events: Iterable[bytes]) -> bytes:
@@ -363,46 +407,62 @@ def encode_batch(events: Iterable[bytes]) -> bytes:
     return batch if len(batch) < COMPRESS_BYTES else zstandard.ZstdCompressor(level=1).compress(batch)
 
 
+def decode_batch(batch: bytes) -> tuple[list[Event], list[Rejected]]:
+    """The events of a batch, flat and numeric, and what of it had to be rejected.
+
+    Almost every batch is decoded by typed C code in one go; only one that holds nested dicts, booleans, values that are
+    no numbers, or what another version has sent is read event by event.
+
+    Raises:
+        Undecodable: it is no batch, or a larger one than there can be.
+    """
+    try:
+        unpacked = _unpacked(batch)
+        try:
+            return _events.decode(unpacked), []
+        except _BAD:
+            raws = _raw_events.decode(unpacked)
+    except (*_BAD, zstandard.ZstdError) as error:
+        raise Undecodable(str(error)) from error
+    events: list[Event] = []
+    rejected: list[Rejected] = []
+    for raw in raws:
+        try:
+            events.append(_one_event.decode(raw))
+        except _BAD as error:
+            events += _understood(raw, str(error), rejected)
+    return events, rejected
+
+
 def _unpacked(batch: bytes) -> bytes:
     if not batch.startswith(_PACKED):
         return batch
-    return zstandard.ZstdDecompressor().decompress(batch, max_output_size=BATCH_LIMIT)
+    size = zstandard.frame_content_size(batch)
+    if not 0 <= size <= BATCH_LIMIT:  # max_output_size is heeded only where a frame does not say its size; ours do
+        raise ValueError(f"it unpacks to {size if size >= 0 else 'an unknown number of'} bytes")
+    return zstandard.ZstdDecompressor().decompress(batch)
 
 
-class Rejected(msgspec.Struct, frozen=True):
-    """A value that cannot be written: its key and why."""
-
-    key: str
-    reason: str
-
-
-def decode_batch(batch: bytes) -> tuple[list[Event], list[Rejected]]:
-    """The events of a batch, flat and numeric, and the values that had to be rejected.
-
-    Almost every batch is decoded by typed C code in one go; only one that holds nested dicts, booleans, or values that
-    are no numbers is read event by event.
-    """
-    batch = _unpacked(batch)
+def _understood(raw: msgspec.Raw, error: str, rejected: list[Rejected]) -> list[Event]:
+    """What can be kept of an event that is not as it should be; the rest of it is added to ``rejected``."""
+    name, reason = "an event", error
     try:
-        return _events.decode(batch), []
-    except msgspec.ValidationError:
-        pass
-    events: list[Event] = []
-    rejected: list[Rejected] = []
-    for raw in _raw_events.decode(batch):
-        try:
-            events.append(_one_event.decode(raw))
-        except msgspec.ValidationError as error:
-            loose = _loose.decode(raw)
-            if loose[0] != SCALARS:
-                rejected.append(Rejected("completions" if loose[0] == COMPLETIONS else "config", str(error)))
-                continue
-            _, step, time_ns, scope, values = loose
+        kind, *fields = _loose.decode(raw)
+        if kind == SCALARS:
+            step, time_ns, scope, values, *_ = fields
+            name = _KINDS[kind]
             flat: dict[str, float] = {}
             _flatten(values, "", flat, rejected)
-            if flat:
-                events.append(Scalars(step, time_ns, scope, flat))
-    return events, rejected
+            # By the decoder, so that the other fields are checked.
+            return [_one_event.decode(_encoder.encode((SCALARS, step, time_ns, scope, flat)))] if flat else []
+        if type(kind) is int and 0 <= kind < len(_KINDS):
+            name = _KINDS[kind]
+        else:
+            name, reason = f"an event of kind {_shown(kind)}", "this version of swanlab-ray does not know it"
+    except (*_BAD, AttributeError) as failure:
+        reason = str(failure)
+    rejected.append(Rejected(name, reason, whole=True))
+    return []
 
 
 def _flatten(values: dict[Any, Any], prefix: str, into: dict[str, float], rejected: list[Rejected]) -> None:

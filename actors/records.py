@@ -17,6 +17,9 @@ from swanlab_ray.actors.protocol import State
 
 VERSION = 1
 
+REDUCTION_VERSION = 1
+"""Rises with every change of which rows the same entries reduce to: what was delivered is counted in rows."""
+
 _CONTROL, _BATCH = b"C", b"B"
 _HEAD = struct.Struct("<c16sIQQI")  # kind, life, rank, seq, received, events
 
@@ -50,6 +53,10 @@ class Header(_Control):
     pid: int
     settings: dict[str, Any]
     """The run's settings without secrets."""
+    package: str = ""
+    """The version of swanlab-ray that wrote it; empty where that is not known."""
+    reduction_version: int = 0
+    """The writer's :data:`REDUCTION_VERSION`."""
 
 
 class Arrived(_Control):
@@ -121,6 +128,8 @@ class Delivered(_Control):
 
     type: Literal["delivered"] = "delivered"
     rows: int
+    reduction_version: int = 0
+    """The :data:`REDUCTION_VERSION` by which they were counted; another one makes other rows of the same entries."""
 
 
 class Alert(_Control):

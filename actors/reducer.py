@@ -206,6 +206,7 @@ class Reducer:
             if self._reduction.rewound and isinstance(self.sink, SwanLabRun):
                 self._write_again(self.sink)
             self._ended = True
+            self.sink.complete = self.sink.complete and not self._reduction.unread
             self.sink.finish(entry.state, entry.error)
 
     def _write_again(self, sink: SwanLabRun) -> None:

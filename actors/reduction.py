@@ -10,9 +10,20 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from swanlab_ray.actors.aggregate import Aggregator
+from swanlab_ray.actors.batches import undecodable
 from swanlab_ray.actors.completions import TABLE, CompletionBuffer, CompletionRow
 from swanlab_ray.actors.history import Sequence
-from swanlab_ray.actors.protocol import Completions, Config, Event, Progress, Scalars, Spans, Tokenizer, decode_batch
+from swanlab_ray.actors.protocol import (
+    Completions,
+    Config,
+    Event,
+    Progress,
+    Scalars,
+    Spans,
+    Tokenizer,
+    Undecodable,
+    decode_batch,
+)
 from swanlab_ray.actors.records import Arrived, Batch, Ended, Entry, Finished, Returned, Tick
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.supersession import Supersession
@@ -52,6 +63,7 @@ class Reduction:
         self._output = output
         self._aggregator = Aggregator(output.write, settings.rank_series)
         self._superseded = superseded
+        self._notice = notice
         self._decoder = Decoder(notice)
         self._characters = settings.completion_max_chars
         self.completions = CompletionBuffer(
@@ -65,6 +77,8 @@ class Reduction:
         self._again: set[int] = set()  # ranks whose present life has not logged yet
         self._world_size = 0
         self._next_tick = 0.0
+        self.unread = 0
+        """Batches that cannot be decoded."""
         self.rewound = False
         """A later life has logged steps again that an earlier one had logged."""
 
@@ -83,7 +97,7 @@ class Reduction:
         match entry:
             case Batch():
                 if self._sequence.take(entry):
-                    self._take_batch(entry, decode_batch(entry.data)[0] if events is None else events)
+                    self._take_batch(entry, self._events_of(entry) if events is None else events)
             case Arrived():
                 self._arrive(entry)
             case Ended():
@@ -114,6 +128,15 @@ class Reduction:
         self._aggregator.tick(now)
         self.timings.tick(now)
         self.completions.tick(now)
+
+    def _events_of(self, batch: Batch) -> list[Event]:
+        try:
+            return decode_batch(batch.data)[0]
+        except Undecodable as error:
+            self.unread += 1
+            if self.unread == 1:
+                self._notice(f"{undecodable(batch, error)}.")
+            return []
 
     def _take_batch(self, batch: Batch, events: list[Event]) -> None:
         now = batch.received_ns / 1e9

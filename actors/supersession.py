@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from swanlab_ray.actors.batches import BatchReader
 from swanlab_ray.actors.completions import TABLE
 from swanlab_ray.actors.history import RunFiles, merged
-from swanlab_ray.actors.protocol import Completions, Scalars, Spans, decode_batch
+from swanlab_ray.actors.protocol import Completions, Scalars, Spans
 from swanlab_ray.actors.records import Arrived, Batch
 from swanlab_ray.actors.spans import PREFIX, spans_of
 
@@ -63,12 +64,12 @@ class Supersession:
 
 def supersession(run: RunFiles) -> Supersession:
     """Read a run for the lives that replace others. Costs next to nothing where no rank was started twice."""
-    found = Supersession()
+    found, batches = Supersession(), BatchReader()
     for entry in merged(run):
         if isinstance(entry, Arrived):
             found.arrived(entry.rank, entry.life)
         elif isinstance(entry, Batch) and found._lives.get(entry.rank, [entry.life])[0] != entry.life:
-            for event in decode_batch(entry.data)[0]:
+            for event in batches.events(entry):
                 if isinstance(event, Scalars):
                     found.logged(entry.rank, entry.life, event.step, event.values)
                 elif isinstance(event, Completions):

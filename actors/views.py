@@ -110,7 +110,7 @@ class Views:
         for bad in rejected:
             if bad.key not in self._rejected_keys and len(self._rejected_keys) < 1000:
                 self._rejected_keys.add(bad.key)
-                view.notices.append(f"'{bad.key}' is not logged: {bad.reason}; log numbers.")
+                view.notices.append(bad.sentence)
         self.rejected += len(rejected)
         for event in events:
             match event:

@@ -42,6 +42,7 @@ from swanlab_ray.actors.protocol import (
     WriterStatus,
 )
 from swanlab_ray.actors.records import (
+    REDUCTION_VERSION,
     Alert,
     Batch,
     Closed,
@@ -61,9 +62,12 @@ from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.sink import FINISH_DEADLINE_S, Sink, stderr
 from swanlab_ray.actors.status import duration, standstill, status_line
 from swanlab_ray.actors.swanlab_run import SwanLabRun
+from swanlab_ray.actors.version import package_version
 from swanlab_ray.actors.views import Views
 
 TICK_S = 0.2
+ALIVE_TICK_S = 60.0
+"""Seconds between two signs of life in a journal in which nothing else is written, for readers on other machines."""
 QUIET_TICK_S = 1.0
 """Seconds between two ticks in the journal while values wait for silent ranks."""
 STATUS_LINE_S = 5.0
@@ -137,7 +141,7 @@ class Writer:
         self._fenced = False
         self._closed = threading.Event()
         self._born = time.monotonic()
-        self._last_batch = self._last_tick = 0.0
+        self._last_batch = self._last_tick = self._born
         self._pid_namespace = pid_namespace()
         self._views = Views(self._forward, self._take_stacks)
         self._health = Health(settings.hang_timeout, self._process_state)
@@ -168,6 +172,8 @@ class Writer:
             host=socket.gethostname(),
             pid=os.getpid(),
             settings=self._settings.public(),
+            package=package_version(),
+            reduction_version=REDUCTION_VERSION,
         )
 
     # Taking over a run that has a journal.
@@ -187,7 +193,7 @@ class Writer:
         self._begun = Position(0, 0)
         damaged = any(not found.damage.torn for found in summary.damaged)
         if not damaged and self._same_place(summary):
-            self._rows = self._rows_noted = summary.rows
+            self._rows = self._rows_noted = summary.rows.get(REDUCTION_VERSION, 0)
         self._run_dirs = [opened.run_dir for opened in summary.opened if opened.run_dir]
         self._world_size = summary.world_size
         over = summary.finished is not None and summary.closed is not None
@@ -294,7 +300,7 @@ class Writer:
     def _note_rows(self) -> None:
         if self._rows > self._rows_noted:
             self._rows_noted, self._rows_noted_at = self._rows, time.monotonic()
-            self._journal.append(Delivered(rows=self._rows))
+            self._journal.append(Delivered(rows=self._rows, reduction_version=REDUCTION_VERSION))
 
     # What the journal's thread reports.
 
@@ -597,8 +603,9 @@ class Writer:
 
     def _keep_time(self, now: float) -> None:
         """Put time into the journal while nothing else does, for values that wait for silent ranks."""
-        quiet = now - max(self._last_batch, self._last_tick) > QUIET_TICK_S
-        if quiet and self._reducer is not None and self._reducer.waiting:
+        quiet = now - max(self._last_batch, self._last_tick)
+        waiting = self._reducer is not None and self._reducer.waiting
+        if quiet > (QUIET_TICK_S if waiting else ALIVE_TICK_S):
             self._last_tick = now
             self._journal.append(Tick())
         if now - self._rows_noted_at > QUIET_TICK_S:

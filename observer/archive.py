@@ -5,24 +5,23 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swanlab_ray.actors.batches import BatchReader
 from swanlab_ray.actors.history import (
     KILLED,
     Damaged,
     RunFiles,
-    Sequence,
     Summary,
     ending,
-    entries,
     find_runs,
     merged,
     summarise,
 )
 from swanlab_ray.actors.journal import journal_files
-from swanlab_ray.actors.protocol import JOB, Scalars, Stacks, decode_batch
+from swanlab_ray.actors.protocol import JOB, Scalars, Stacks
 from swanlab_ray.actors.records import Batch, Counts, UnknownFormat
 from swanlab_ray.actors.text import first_line
 from swanlab_ray.observer.render import Column, Grid, cell
@@ -236,9 +235,10 @@ def gaps(run: RunFiles, summary: Summary) -> list[Gap]:
         if not said.missing:
             continue
         steps: dict[int, tuple[int, int]] = {}
+        batches = BatchReader()
         for entry in merged(run):
             if isinstance(entry, Batch) and (entry.rank, entry.life) == (rank, life):
-                logged = [event.step for event in decode_batch(entry.data)[0] if isinstance(event, Scalars)]
+                logged = [event.step for event in batches.events(entry) if isinstance(event, Scalars)]
                 if logged:
                     steps[entry.seq] = (min(logged), max(logged))
         for first, last in said.missing:
@@ -248,39 +248,14 @@ def gaps(run: RunFiles, summary: Summary) -> list[Gap]:
     return found
 
 
-@dataclass(slots=True)
-class FileReport:
-    """What one file holds."""
-
-    path: Path
-    records: int = 0
-    batches: int = 0
-    events: int = 0
-    damaged: list[Damaged] = field(default_factory=list)
-
-
-def inspect(path: Path) -> FileReport:
-    """Check every record of a file."""
-    report = FileReport(path)
-    for found in entries(path):
-        if isinstance(found, Damaged):
-            report.damaged.append(found)
-            continue
-        report.records += 1
-        if isinstance(found[1], Batch):
-            report.batches += 1
-            report.events += found[1].events
-    return report
-
-
 def stacks(files: RunFiles) -> list[tuple[int, Stacks]]:
     """Where ranks stood when the job hung, in the order in which they said so."""
-    sequence = Sequence()
+    batches = BatchReader()
     return [
         (entry.rank, event)
         for entry in merged(files)
-        if isinstance(entry, Batch) and sequence.take(entry)
-        for event in decode_batch(entry.data)[0]
+        if isinstance(entry, Batch)
+        for event in batches.events(entry)
         if isinstance(event, Stacks)
     ]
 
@@ -288,10 +263,11 @@ def stacks(files: RunFiles) -> list[tuple[int, Stacks]]:
 def latest_values(run: Run) -> dict[str, tuple[int, float]]:
     """The last value of each name that the job or rank 0 logged, with its step."""
     latest: dict[str, tuple[int, float]] = {}
+    batches = BatchReader()
     for entry in merged(run.files):
         if not isinstance(entry, Batch):
             continue
-        for event in decode_batch(entry.data)[0]:
+        for event in batches.events(entry):
             if isinstance(event, Scalars) and (event.scope == JOB or entry.rank == 0):
                 for name, value in event.values.items():
                     if event.step >= latest.get(name, (-1, 0.0))[0]:

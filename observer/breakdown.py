@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.text import Text
 
-from swanlab_ray.actors.history import Damaged, RunFiles, Sequence, merged
-from swanlab_ray.actors.protocol import Spans, decode_batch
+from swanlab_ray.actors.batches import BatchReader
+from swanlab_ray.actors.history import RunFiles, merged
+from swanlab_ray.actors.protocol import Spans
 from swanlab_ray.actors.records import Arrived, Batch, Ended
 from swanlab_ray.actors.spans import RankSpans, StepTimes
 from swanlab_ray.actors.stragglers import ELSEWHERE, NAMED, Lateness, Straggler, worst
@@ -68,7 +69,7 @@ def breakdown(run: RunFiles, last: int = STEPS) -> Breakdown:
     """
     steps: dict[int, dict[int, StepTimes]] = {}
     ranks: dict[int, RankSpans] = {}
-    sequence = Sequence()
+    batches = BatchReader()
     dropped = 0
 
     def take(rank: int, over: list[StepTimes]) -> None:
@@ -82,8 +83,8 @@ def breakdown(run: RunFiles, last: int = STEPS) -> Breakdown:
     for entry in merged(run):
         if isinstance(entry, (Arrived, Ended)):
             take(entry.rank, ranks.pop(entry.rank, RankSpans()).close())
-        elif not isinstance(entry, Damaged) and isinstance(entry, Batch) and sequence.take(entry):
-            for event in decode_batch(entry.data)[0]:
+        elif isinstance(entry, Batch):
+            for event in batches.events(entry):
                 if isinstance(event, Spans):
                     dropped += event.dropped
                     take(entry.rank, ranks.setdefault(entry.rank, RankSpans()).take(event))

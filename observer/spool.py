@@ -19,6 +19,7 @@ from swanlab_ray.actors import framing
 from swanlab_ray.actors.journal import Appender, Disk, run_directory
 from swanlab_ray.actors.records import Batch, Entry, Header, pack, unpack
 from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.version import package_version
 
 SPOOL_BYTES = 4 << 30
 """Size that the file may have; what a rank logs beyond that is dropped and counted."""
@@ -123,6 +124,7 @@ class Spool:
             host=socket.gethostname(),
             pid=os.getpid(),
             settings=self._settings.public(),
+            package=package_version(),
         )
         name = f"spool-{self._rank}-{self._life}.log"
         try:

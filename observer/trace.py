@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from swanlab_ray.actors.history import RunFiles, Sequence, merged
-from swanlab_ray.actors.protocol import Spans, decode_batch
+from swanlab_ray.actors.batches import BatchReader
+from swanlab_ray.actors.history import RunFiles, merged
+from swanlab_ray.actors.protocol import Spans
 from swanlab_ray.actors.records import Alert, Arrived, Batch
 from swanlab_ray.actors.spans import Span, spans_of
 from swanlab_ray.observer.render import json_text
@@ -37,14 +38,14 @@ class Timeline:
         self._delays: dict[str, int] = {}
         self._all_steps = steps is None
         self._hosts: dict[int, str] = {}
-        sequence = Sequence()
+        batches = BatchReader()
         for entry in merged(run):
             if isinstance(entry, Arrived):
                 self._hosts[entry.rank] = entry.host
             elif isinstance(entry, Alert):
                 self._alerts[entry] = None  # a writer that is started again repeats them
-            elif isinstance(entry, Batch) and sequence.take(entry):
-                for event in decode_batch(entry.data)[0]:
+            elif isinstance(entry, Batch):
+                for event in batches.events(entry):
                     if isinstance(event, Spans):
                         self._take(entry, event, self._hosts.get(entry.rank, "?"), steps)
 

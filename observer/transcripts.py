@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
+from swanlab_ray.actors.batches import BatchReader
 from swanlab_ray.actors.completions import TABLE, CompletionRow, rows_of
-from swanlab_ray.actors.history import Damaged, RunFiles, Sequence, merged
-from swanlab_ray.actors.protocol import Completions, Tokenizer, decode_batch
+from swanlab_ray.actors.history import RunFiles, merged
+from swanlab_ray.actors.protocol import Completions, Tokenizer
 from swanlab_ray.actors.records import Batch
 from swanlab_ray.actors.supersession import supersession
 from swanlab_ray.actors.tables import Decoder, Shown
@@ -23,11 +24,11 @@ def completions(run: RunFiles, last: int | None = None) -> Iterator[dict[str, Sh
     """
     kept: dict[int, deque[CompletionRow]] = {}
     decoder = Decoder()
-    superseded, sequence = supersession(run), Sequence()
+    superseded, batches = supersession(run), BatchReader()
     for entry in merged(run):
-        if isinstance(entry, Damaged) or not isinstance(entry, Batch) or not sequence.take(entry):
+        if not isinstance(entry, Batch):
             continue
-        for event in decode_batch(entry.data)[0]:
+        for event in batches.events(entry):
             if isinstance(event, Tokenizer):
                 decoder.learn(event)
             elif isinstance(event, Completions) and superseded.stands(entry.rank, entry.life, event.step, TABLE):

@@ -85,6 +85,7 @@ def _sync_run(run: RunFiles, progress: Callable[[int, int], None] | None, overri
         upload.flush()
         if not in_progress:
             experiment.finish(*(ending(summary) or ("crashed", UNENDED)))
+        damaged += reduction.unread
     finally:
         experiment.close()
     return Synced(run.run_id, experiment.url, upload.uploaded, upload.present, upload.tables, damaged, in_progress)

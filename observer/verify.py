@@ -3,13 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 
-from swanlab_ray.actors.history import RunFiles, find_runs
-from swanlab_ray.actors.records import UnknownFormat
+from swanlab_ray.actors.batches import undecodable
+from swanlab_ray.actors.history import Damaged, RunFiles, entries, find_runs
+from swanlab_ray.actors.protocol import Undecodable, decode_batch
+from swanlab_ray.actors.records import Batch, Header, UnknownFormat
+from swanlab_ray.actors.version import package_version
 from swanlab_ray.observer import archive
+
+UNREAD_SHOWN = 10
+"""Batches of a file that are named each."""
+
+
+@dataclass(slots=True)
+class FileReport:
+    """What one file holds."""
+
+    path: Path
+    records: int = 0
+    batches: int = 0
+    events: int = 0
+    damaged: list[Damaged] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    """What of its batches this version cannot read, in words."""
+    package: str = ""
+    """The version of swanlab-ray that wrote it; empty where it does not say."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it can be read, but for a write that a kill cut off."""
+        return not self.unread and all(damaged.damage.torn for damaged in self.damaged)
+
+
+def inspect(path: Path) -> FileReport:
+    """Check every record of a file, and decode every batch."""
+    report = FileReport(path)
+    for found in entries(path):
+        if isinstance(found, Damaged):
+            report.damaged.append(found)
+            continue
+        report.records += 1
+        entry = found[1]
+        if isinstance(entry, Batch):
+            report.batches += 1
+            report.events += entry.events
+            report.unread += _unread(entry)
+        elif isinstance(entry, Header):
+            report.package = entry.package
+    return report
+
+
+def _unread(batch: Batch) -> list[str]:
+    try:
+        rejected = decode_batch(batch.data)[1]
+    except Undecodable as error:
+        return [undecodable(batch, error)]
+    where = f"batch {batch.seq} of rank {batch.rank}"
+    return [f"{where}: {bad.key}: {bad.reason}" for bad in rejected if bad.whole]
 
 
 def verify(paths: Sequence[Path], say: Callable[[str], None]) -> bool:
@@ -47,10 +101,10 @@ def _check(files: RunFiles, say: Callable[[str], None]) -> bool:
     say(f"run {files.run_id}: {run.state}")
     if files.ambiguous:
         say(f"  {archive.AMBIGUOUS}")
-    reports = [archive.inspect(path) for path in files.paths]
+    reports = [inspect(path) for path in files.paths]
     for report in reports:
         _tell_file(report, say)
-    whole = not run.damage and any(report.records for report in reports)
+    whole = any(report.records for report in reports) and all(report.whole for report in reports)
     for gap in archive.gaps(files, run.summary):
         whole = False
         steps = f"between steps {gap.after_step} and {gap.before_step}"
@@ -67,7 +121,7 @@ def _check(files: RunFiles, say: Callable[[str], None]) -> bool:
     return whole
 
 
-def _tell_file(report: archive.FileReport, say: Callable[[str], None]) -> None:
+def _tell_file(report: FileReport, say: Callable[[str], None]) -> None:
     say(f"  {report.path}: {report.records} records, {report.batches} batches, {report.events} events")
     if not report.records and not report.damaged:
         say("    it is EMPTY: its writer was killed as it began, or the disk has lost what was in it")
@@ -77,3 +131,9 @@ def _tell_file(report: archive.FileReport, say: Callable[[str], None]) -> None:
             say(f"    {place}: cut off, as by a kill in the middle of a write (never acknowledged then)")
         else:
             say(f"    {place}: DAMAGED, {damaged.damage.reason}")
+    for unread in report.unread[:UNREAD_SHOWN]:
+        say(f"    UNREADABLE: {unread}")
+    if len(report.unread) > UNREAD_SHOWN:
+        say(f"    and {len(report.unread) - UNREAD_SHOWN} more that cannot be read")
+    if report.unread:
+        say(f"    it was written by swanlab-ray {report.package or '?'}; this is {package_version() or '?'}")

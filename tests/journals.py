@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +15,9 @@ def write_journal(log_dir: Path, run_id: str, entries: Iterable[Entry]) -> None:
     """The journal of a run whose writer has taken these entries."""
 
     def header(epoch: int) -> Header:
-        return Header(kind="journal", run_id=run_id, epoch=epoch, host="h", pid=1, settings={"project": "p"})
+        return Header(
+            kind="journal", run_id=run_id, epoch=epoch, host=socket.gethostname(), pid=1, settings={"project": "p"}
+        )
 
     journal = Journal(run_directory(log_dir, run_id), header, lambda entries: None, lambda error: None, lambda: None)
     journal.start()

@@ -1,14 +1,29 @@
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from swanlab_ray.actors.protocol import SCALARS, USER, Scalars, decode_batch, encode_batch
+from swanlab_ray.actors import protocol
+from swanlab_ray.actors.protocol import (
+    COMPLETIONS,
+    SCALARS,
+    SPANS,
+    USER,
+    Scalars,
+    Undecodable,
+    decode_batch,
+    encode_batch,
+)
 from swanlab_ray.observer.values import encode, salvage
 
 
@@ -72,6 +87,87 @@ def test_one_odd_event_does_not_cost_the_batch() -> None:
         (1, {"x": 1.0}),
     ]
     assert [bad.key for bad in rejected] == ["x"]
+
+
+GOOD = encode((SCALARS, 1, 0, USER, {"x": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("event", "kind"),
+    [
+        ((99, 1, {"what": "a later version says"}), "an event of kind int 99"),
+        ((SCALARS, 1, 0), "an event"),
+        ((SCALARS, -1, 0, USER, {"x": 1.0}), "scalars"),
+        ((SCALARS, 2**63, 0, USER, {"x": 1.0}), "scalars"),
+        ((SCALARS, 1, 0, USER, ["x", 1.0]), "scalars"),
+        ((SPANS, 0, 0, 0, ["name"], ["main"], [0], [7], [0], [0], [0], [], []), "spans"),
+        ((SPANS, 0, 0, 0, ["name"], ["main"], [0], [0], [0], [0, 1], [0], [], []), "spans"),
+        ((COMPLETIONS, 1, 0, "", "", 0, {"prompt": ["a", "b"], "completion": ["c"]}), "completions"),
+        (7, "an event"),
+    ],
+)
+def test_an_event_that_this_version_does_not_understand_costs_itself_only(event: Any, kind: str) -> None:
+    """As of a rank of another version: a kind, a field or a shape that nobody here knows."""
+    events, rejected = decode_batch(encode_batch([GOOD, msgspec.msgpack.encode(event), GOOD]))
+    assert [event.step for event in events if isinstance(event, Scalars)] == [1, 1]
+    assert [(bad.key, bad.whole) for bad in rejected] == [(kind, True)]
+    assert rejected[0].sentence.endswith("installed on all machines?")
+
+
+def test_a_name_that_is_no_text_costs_its_event_only() -> None:
+    broken = GOOD.replace(b"\xa1x", b"\xa1\xff")
+    events, rejected = decode_batch(encode_batch([GOOD, broken, GOOD]))
+    assert (len(events), len(rejected)) == (2, 1)
+
+
+def test_fields_that_a_later_version_has_added_are_passed_over() -> None:
+    events, rejected = decode_batch(encode_batch([encode((SCALARS, 1, 0, USER, {"x": 1.0}, "new", 7))]))
+    assert (events, rejected) == ([Scalars(1, 0, USER, {"x": 1.0})], [])
+    events, rejected = decode_batch(encode_batch([encode((SCALARS, 1, 0, USER, {"x": {"y": 1}}, "new", 7))]))
+    assert (events, rejected) == ([Scalars(1, 0, USER, {"x/y": 1.0})], [])
+
+
+def test_what_unpacks_to_more_than_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it does not say how much that is; and nothing of it is unpacked."""
+    monkeypatch.setattr(protocol, "BATCH_LIMIT", 1000)
+    huge = zstandard.ZstdCompressor().compress(bytes(1001))
+    unstated = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(10))
+    monkeypatch.setattr(zstandard, "ZstdDecompressor", lambda: pytest.fail("it is unpacked"))
+    for batch in (huge, unstated):
+        with pytest.raises(Undecodable, match="unpacks to"):
+            decode_batch(batch)
+
+
+_nested = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(2**63), 2**64 - 1),
+        st.floats(),
+        st.text(max_size=5),
+        st.binary(max_size=5),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=5),
+        st.dictionaries(st.one_of(st.text(max_size=3), st.integers(0, 9), st.none()), inner, max_size=4),
+    ),
+    max_leaves=12,
+)
+
+
+@given(event=st.one_of(_nested, st.tuples(st.integers(0, 8), _nested, _nested, _nested, _nested)), deep=st.booleans())
+@settings(deadline=None, max_examples=300, print_blob=True)
+def test_whatever_an_event_is_those_beside_it_are_kept(event: Any, deep: bool) -> None:
+    odd = b"\x91" * 300 + b"\x00" if deep else msgspec.msgpack.encode(event)
+    events, _ = decode_batch(encode_batch([GOOD, odd, GOOD]))
+    assert events.count(Scalars(1, 0, USER, {"x": 1.0})) >= 2
+
+
+@given(batch=st.one_of(st.binary(max_size=60), st.binary(max_size=60).map(lambda end: zstandard.FRAME_HEADER + end)))
+@settings(deadline=None, max_examples=300, print_blob=True)
+def test_bytes_that_are_no_batch_are_undecodable_and_nothing_else(batch: bytes) -> None:
+    with contextlib.suppress(Undecodable):
+        decode_batch(batch)
 
 
 def test_salvage_keeps_what_is_a_number() -> None:
