@@ -8,13 +8,19 @@ import hmac
 import logging
 import re
 import time
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
 
+from swanlab_ray.actors.cards import encoded
 from swanlab_ray.actors.mailbox import Refused, Unavailable
+from swanlab_ray.actors.proxies import proxy_for
+from swanlab_ray.actors.text import one_line
 
 TIMEOUT_S = 10.0
+LONGEST_WAIT_S = 600.0
+"""What is waited at the most where the bot asks to wait."""
 KEYWORD = "SwanLab"
 """Every card has it, for bots that ask for a keyword."""
 BAD_SIGNATURE = 19021
@@ -55,15 +61,22 @@ class LarkBot:
             timestamp = str(int(time.time()))
             message |= {"timestamp": timestamp, "sign": sign(timestamp, self._secret)}
         try:  # the texts of what is raised may hold the URL, or a proxy's password
-            response = httpx.post(self._url, json=message, timeout=TIMEOUT_S)
+            response = self._post(encoded(message))
         except httpx.HTTPError as error:
             raise Unavailable(type(error).__name__) from None
+        except ImportError:
+            raise Refused("the proxy is a SOCKS proxy: pip install 'httpx[socks]' where the writer runs") from None
         except Exception as error:
             raise Refused(f"{type(error).__name__}: check the proxy and certificate variables") from None
         if response.status_code == 429 or response.status_code >= 500:
-            wait = response.headers.get("Retry-After", "")
-            raise Unavailable(f"HTTP {response.status_code}", min(float(wait), 600.0) if wait.isdigit() else 0.0)
+            raise Unavailable(f"HTTP {response.status_code}", _seconds(response.headers.get("Retry-After", "")))
         self._check(response)
+
+    def _post(self, body: bytes) -> httpx.Response:
+        proxy = proxy_for(self._url)
+        transport = httpx.HTTPTransport(proxy=httpx.Proxy(proxy) if proxy else None)
+        with httpx.Client(transport=transport, timeout=TIMEOUT_S) as client:
+            return client.post(self._url, content=body, headers={"Content-Type": "application/json; charset=utf-8"})
 
     def _check(self, response: httpx.Response) -> None:
         """Errors come as HTTP 200 with a code; other answers are not from a bot."""
@@ -78,7 +91,8 @@ class LarkBot:
             raise Refused(
                 f"the answer (HTTP {response.status_code}) is not that of a Lark bot: check the webhook's URL"
             )
-        text = self._without_secrets(str(answer.get("msg") or answer.get("StatusMessage") or "no reason given"))[:200]
+        said = str(answer.get("msg") or answer.get("StatusMessage") or "no reason given")
+        text = one_line(self._without_secrets(said))[:200]
         if _TOO_MANY.search(text):
             raise Unavailable(f"code {code}, {text}")
         if code == BAD_SIGNATURE and self._secret is None:
@@ -90,6 +104,18 @@ class LarkBot:
         for secret in (self._url, self._url.rstrip("/").rpartition("/")[2], self._secret):
             text = text.replace(secret, "***") if secret else text
         return text
+
+
+def _seconds(retry_after: str) -> float:
+    """How long a server asks to wait, as a number or as a date; 0 where that cannot be understood."""
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return min(seconds, LONGEST_WAIT_S) if seconds > 0 else 0.0
 
 
 def sign(timestamp: str, secret: str) -> str:

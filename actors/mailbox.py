@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,11 +70,12 @@ class Mailbox:
         self._changed = threading.Condition()
         self._closing = self._given_up = False
         self._away = False
-        self._thread = threading.Thread(target=self._work, name="lark", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        self._stuck = False
 
     def post(self, message: Message) -> None:
-        """Queue a message. Never blocks. What waits on the same topic already is replaced, and counted."""
+        """Queue a message. Never blocks or raises. What waits on the same topic already is replaced, and counted."""
+        self._start()
         with self._changed:
             for letter in self._letters:
                 if letter.message.topic == message.topic:
@@ -87,13 +89,32 @@ class Mailbox:
 
     def close(self, timeout: float) -> int:
         """Send what waits for at most so many seconds; how many messages are left over then."""
+        if self._letters:
+            self._start()
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join(timeout)
+        if self._thread is not None:
+            self._thread.join(timeout)
         with self._changed:
             self._given_up = True
             return len(self._letters) + (self._sending is not None)
+
+    def _start(self) -> None:
+        """Start the thread that sends, if it could not be started so far: a machine may have no more of them."""
+        with self._changed:
+            if self._thread is not None:
+                return
+            thread = threading.Thread(target=self._work, name="lark", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                reason = None if self._stuck else str(error)
+                self._stuck = True
+            else:
+                self._thread, reason = thread, None
+        if reason is not None:
+            self._tell(f"Lark notifications wait: {reason}.")
 
     def _work(self) -> None:
         pause = RETRY_S[0]
@@ -111,18 +132,23 @@ class Mailbox:
             except Unavailable as error:
                 if not self._away:
                     self._away = True
-                    self._notice(f"Lark does not take notifications at present ({error}); they wait.")
+                    self._tell(f"Lark does not take notifications at present ({error}); they wait.")
                 self._put_back(letter, max(error.wait, pause))
                 pause = min(2 * pause, RETRY_S[1])
                 continue
             except Refused as error:
-                self._notice(f"Lark refuses a notification: {error}.")
+                self._tell(f"Lark refuses a notification: {error}.")
             except Exception as error:
-                self._notice(f"A notification could not be sent: {type(error).__name__}.")
+                self._tell(f"A notification could not be sent: {type(error).__name__}.")
             else:
                 self._away = False
-                self._told_sent(letter.message.key)
+                with suppress(Exception):  # nobody else sends what waits
+                    self._told_sent(letter.message.key)
             pause = RETRY_S[0]
+
+    def _tell(self, sentence: str) -> None:
+        with suppress(Exception):
+            self._notice(sentence)
 
     def _put_back(self, letter: _Letter, pause: float) -> None:
         """Keep a letter for later, and wait so many seconds; not so many once the run has ended."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,9 +15,10 @@ from click.testing import CliRunner
 
 from swanlab_ray.actors import lark as lark_module
 from swanlab_ray.actors import mailbox as mailbox_module
-from swanlab_ray.actors.cards import Message, Words, card, same
+from swanlab_ray.actors.cards import CUT, Message, Words, card, encoded, same
 from swanlab_ray.actors.lark import LarkBot
 from swanlab_ray.actors.mailbox import Mailbox, Refused, Unavailable
+from swanlab_ray.actors.proxies import proxy_for
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
 from swanlab_ray.observer.cli import main
 from tests.conftest import wait_until
@@ -197,6 +200,166 @@ def test_what_repeats_while_it_waits_is_one_card(group: LarkGroup, monkeypatch: 
     assert mailbox.close(30) == 0
     assert [title(card) for card in group.cards] == ["A title", "A title ×4"]
     assert "\n3" in texts(group.cards[1])
+
+
+@pytest.mark.parametrize("text", ["训练", "🔥", "👩\u200d👩\u200d👧", "<&>", "\0\x1b[31m", "e\u0301" * 3, "\n", '\\"'])
+@pytest.mark.parametrize("size", [60, 2_000, 20_000])
+def test_a_card_of_any_text_is_taken(group: LarkGroup, text: str, size: int) -> None:
+    """A group counts bytes; what is too much is cut with a mark, between letters, and the title stays."""
+    long = text * size
+    words = Words(long, long)
+    facts = [(Words("Experiment", "实验"), long), (Words("Loss", "损失"), "0.5")]
+    LarkBot(group.url, SECRET).send(card(Message("k", "k", words, "red", facts, words, long, footer="SwanLab")))
+    (got,) = group.cards
+    assert (CUT in texts(got)) == (len(long.encode()) > 1500)
+    assert title(got)
+    assert "**Loss**\n0.5" in texts(got)
+    assert not set("\0\x1b\ufffd") & set(json.dumps(got, ensure_ascii=False))
+    for shown in (title(got), texts(got, "zh_cn")):
+        assert not re.search(f"\u200d{re.escape(CUT)}|{re.escape(CUT)}[\u200d\u0301]", shown)
+
+
+def test_a_long_traceback_keeps_both_ends() -> None:
+    made = card(message(code="first\n" + "训练\n" * 9000 + "last"))
+    shown = texts(made)
+    assert shown.index("first") < shown.index(CUT) < shown.index("\nlast")
+    assert len(encoded(made)) > 15_000, "no more is cut than must be"
+
+
+@pytest.mark.parametrize(
+    ("url", "link"),
+    [
+        ("https://swanlab.cn/@me/p/runs/a[1]", "https://swanlab.cn/@me/p/runs/a[1]"),
+        ("https://swanlab.cn/项目 x", "https://swanlab.cn/%E9%A1%B9%E7%9B%AE%20x"),
+        ("javascript:alert(1)", None),
+        ("https://swanlab.cn/" + "x" * 5000, None),
+    ],
+)
+def test_a_button_has_an_address_or_there_is_none(url: str, link: str | None) -> None:
+    made = card(message(link=url))
+    found = [one["actions"][0]["url"] for one in made["i18n_elements"]["en_us"] if one["tag"] == "action"]
+    assert found == ([link] if link else [])
+
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+
+
+@pytest.fixture
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    "entry", ["localhost,fd07::/64", "[::1]", "::1,[fe80::]/10", "127.0.0.0/8,]x[", ":, ,/,*.,:99"]
+)
+@pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])
+def test_a_card_is_sent_whatever_no_proxy_says(
+    group: LarkGroup, no_proxies: pytest.MonkeyPatch, name: str, entry: str
+) -> None:
+    no_proxies.setenv(name, entry)
+    LarkBot(group.url, SECRET).send(card(message()))
+    assert group.titles() == ["A title"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "url", "proxy"),
+    [
+        ({}, "https://lark/", None),
+        ({"HTTPS_PROXY": "proxy:3128"}, "https://lark/", "http://proxy:3128"),
+        ({"https_proxy": " http://a:1 ", "HTTPS_PROXY": "http://b:1"}, "https://lark/", "http://a:1"),
+        ({"HTTP_PROXY": "http://a:1"}, "https://lark/", None),
+        ({"HTTP_PROXY": "", "ALL_PROXY": "socks5://a:1"}, "http://lark/", "socks5://a:1"),
+        ({"ALL_PROXY": "a:1", "NO_PROXY": "*"}, "https://lark/", None),
+        ({"ALL_PROXY": "a:1", "NO_PROXY": "example.com"}, "https://bot.example.com/", None),
+        ({"ALL_PROXY": "a:1", "NO_PROXY": ".example.com, x"}, "https://bot.example.com/", None),
+        ({"ALL_PROXY": "a:1", "NO_PROXY": "ample.com"}, "https://example.com/", "http://a:1"),
+        ({"ALL_PROXY": "a:1", "NO_PROXY": "lark:443"}, "https://lark:8443/", "http://a:1"),
+        ({"ALL_PROXY": "a:1", "NO_PROXY": "lark:8443"}, "https://lark:8443/", None),
+        ({"ALL_PROXY": "a:1", "NO_PROXY": "10.0.0.0/8"}, "https://10.1.2.3/", None),
+        ({"ALL_PROXY": "a:1", "NO_PROXY": "10.0.0.0/8"}, "https://11.1.2.3/", "http://a:1"),
+        ({"ALL_PROXY": "a:1", "NO_PROXY": "fd07::/64"}, "https://[fd07::5]/", None),
+        ({"ALL_PROXY": "a:1", "NO_PROXY": "fd07::/64"}, "https://[fd08::5]/", "http://a:1"),
+        ({"ALL_PROXY": "a:1", "NO_PROXY": "[::1]"}, "https://[::1]:8443/", None),
+        ({"ALL_PROXY": "a:1", "NO_PROXY": "http://lark"}, "https://lark/", None),
+    ],
+)
+def test_the_usual_variables_choose_the_proxy(
+    no_proxies: pytest.MonkeyPatch, variables: dict[str, str], url: str, proxy: str | None
+) -> None:
+    for name, value in variables.items():
+        no_proxies.setenv(name, value)
+    assert proxy_for(url) == proxy
+
+
+def test_a_proxy_is_used(group: LarkGroup, no_proxies: pytest.MonkeyPatch) -> None:
+    """The card goes to the proxy, with the bot's whole address; here the group stands in for one."""
+    no_proxies.setenv("HTTP_PROXY", f"127.0.0.1:{group.port}")
+    with pytest.raises(Refused, match="copy the URL"):  # it is asked for http://bot.invalid/..., which is not its path
+        LarkBot(f"http://bot.invalid/open-apis/bot/v2/hook/{TOKEN}", SECRET).send(card(message()))
+    assert group.requests == 1
+
+
+def test_a_socks_proxy_says_what_it_needs(group: LarkGroup, no_proxies: pytest.MonkeyPatch) -> None:
+    no_proxies.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    no_proxies.setitem(sys.modules, "socksio", None)
+    with pytest.raises(Refused, match=r"pip install 'httpx\[socks\]'"):
+        LarkBot(group.url, SECRET).send(card(message()))
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [
+        ("7", 7),
+        ("1.5", 1.5),
+        ("-5", 0),
+        ("²", 0),
+        ("nan", 0),
+        ("inf", 600),
+        ("1" * 400, 600),
+        ("soon", 0),
+        ("Fri, 01 Jan 2100 00:00:00 GMT", 600),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
+        ("Fri, 99 Jan 2100", 0),
+    ],
+)
+def test_what_a_server_asks_to_wait(group: LarkGroup, asked: str, seconds: float) -> None:
+    group.faults.append(Fault(429, retry_after=asked))
+    with pytest.raises(Unavailable) as caught:
+        LarkBot(group.url, SECRET).send(card(message()))
+    assert caught.value.wait == seconds
+
+
+def test_without_threads_the_writer_goes_on_and_the_messages_wait(
+    group: LarkGroup, posted: Callable[..., Posted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        ours = posted()
+        for key in "ab":
+            ours.mailbox.post(message(key))
+        assert ours.notices == ["Lark notifications wait: can't start new thread."]
+    ours.mailbox.post(message("c"))
+    assert ours.mailbox.close(30) == 0
+    assert ours.sent == ["a", "b", "c"]
+
+
+def test_a_notice_that_raises_ends_nothing(group: LarkGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailbox_module, "RETRY_S", (0.01, 0.05))
+
+    def raises(text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    group.faults += [Fault(503), Fault(404)]
+    mailbox = Mailbox(LarkBot(group.url, SECRET), raises, raises)
+    for key in "abc":
+        mailbox.post(message(key))
+    assert mailbox.close(30) == 0
+    assert group.titles() == ["A title"] * 2, "one was refused"
 
 
 @pytest.mark.parametrize(
