@@ -27,7 +27,7 @@ def is_run_id(text: str) -> bool:
 
 def slug(text: str) -> str:
     """What of a launcher's word can stand in a run id; perhaps nothing."""
-    return re.sub(r"[^0-9A-Za-z_.-]+", "-", text).strip("-.")
+    return re.sub(r"[^0-9A-Za-z_.-]+|[.]{2,}", "-", text).strip("-.")
 
 
 def run_id_of(words: str) -> str:

@@ -192,6 +192,8 @@ class ObserverSettings(BaseSettings):
             super().__init__(**values)
         except ValidationError as error:
             raise SettingsError(_sentence(error)) from None
+        except Exception as error:  # its text may hold a secret
+            raise SettingsError(f"Invalid settings: they cannot be read ({type(error).__name__}).") from None
         if self.use_swanlab and self.project is None and self.mode != "disabled":
             raise SettingsError(
                 "SwanLab enabled but 'swanlab_project' is not set: pass project='my-project' or set SWANLAB_PROJ_NAME."

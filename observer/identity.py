@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -12,8 +13,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+from swanlab_ray.actors.naming import RUN_ID_CHARACTERS, is_run_id, run_id_of, slug
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
+from swanlab_ray.observer.launchers import detail, is_set, place_of, whole
+from swanlab_ray.observer.notices import warn_once
 
+STORE_TIMEOUT_S = 60.0
+"""How long a store is waited for that the ranks agree through; then it is tried again."""
 STORE_DEADLINE_S = 5.0
 """How long torchrun's store is waited for where only a nonce is asked of it."""
 
@@ -30,19 +36,16 @@ class Identity:
     in_ray_train: bool = False
     node: int = 0
     """Index of this process's machine."""
+    run: int = 1
+    """Which run this is of those that its processes keep one after another, the same on every rank."""
 
 
-# Launchers, each with its variables for rank, world size, local rank and local world size.
-_LAUNCHERS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun, accelerate
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    # The step's variables: a batch script itself has SLURM_NTASKS without being one of these tasks.
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-)
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 
 
 def identify(env: Mapping[str, str] = os.environ) -> Identity:
-    """Rank and world size of this process, from Ray Train or the launcher's environment; else 0 of 1.
+    """Rank and world size of this process: from Ray Train, from ``torch.distributed`` where several processes have
+    initialised it, from the launcher's environment; else 0 of 1.
 
     Raises:
         SettingsError: the launcher's variables contradict each other.
@@ -52,19 +55,69 @@ def identify(env: Mapping[str, str] = os.environ) -> Identity:
         rank, size, local = train.get_world_rank(), train.get_world_size(), train.get_local_rank()
         nodes = max(1, size // max(1, train.get_local_world_size()))
         return Identity(rank, size, local, nodes, True, train.get_node_rank())
-    for rank_name, size_name, local_name, local_size_name in _LAUNCHERS:
-        if rank_name in env and size_name in env:
-            rank, size = _number(env, rank_name), _number(env, size_name)
-            if not 0 <= rank < size:
-                raise SettingsError(
-                    f"{rank_name}={rank} does not fit {size_name}={size}: ranks go from 0 to {size - 1}."
-                )
-            told = env.get(local_size_name) or env.get("LOCAL_SIZE", "")  # LOCAL_SIZE: DeepSpeed's launcher
-            local_size = int(re.match(r"\d*", told)[0] or 1)  # type: ignore[index]
-            local_size = max(1, local_size)
-            local = int(env.get(local_name, "0") or 0)
-            return Identity(rank, size, local, -(-size // local_size), node=rank // local_size)
-    return Identity(0, 1, 0, 1)
+    group = _process_group()
+    try:
+        place = place_of(env)
+    except SettingsError:
+        if group is None:
+            raise
+        place = None
+    if group is not None and group[1] > 1 and (place is None or (place.rank, place.world_size) != group):
+        return _identity_in_group(*group, env)
+    if place is None:
+        if group is None:
+            _warn_of_half_a_launcher(env)
+        return Identity(0, 1, 0, 1)
+    return Identity(place.rank, place.world_size, place.local_rank, place.nodes, node=place.node)
+
+
+def _process_group() -> tuple[int, int] | None:
+    """Rank and world size of torch.distributed where the training has initialised it. Imports nothing."""
+    distributed = sys.modules.get("torch.distributed")
+    try:
+        if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+            return None
+        return int(distributed.get_rank()), int(distributed.get_world_size())
+    except Exception:  # it is just being imported, or initialised
+        return None
+
+
+def _identity_in_group(rank: int, size: int, env: Mapping[str, str]) -> Identity:
+    """Of a process that nobody's variables describe: started by torch.multiprocessing.spawn, or by Lightning."""
+    local_size = detail(env, "LOCAL_WORLD_SIZE", below=size + 1)
+    if not local_size and _meets_on_this_machine(env):
+        local_size = size
+    nodes = -(-size // local_size) if local_size else size
+    local = detail(env, "LOCAL_RANK", below=size)
+    if local is None:
+        local = rank % local_size if local_size else 0
+    node = detail(env, "NODE_RANK", below=nodes)
+    if node is None:
+        node = rank // local_size if local_size else rank
+    return Identity(rank, size, local, nodes, node=node)
+
+
+def _meets_on_this_machine(env: Mapping[str, str]) -> bool:
+    """Whether the processes of torch.distributed found each other by an address or a file that only this one has."""
+    store = _default_store()
+    while (inner := getattr(store, "underlying_store", None)) is not None:
+        store = inner
+    host = getattr(store, "host", None) or env.get("MASTER_ADDR", "")
+    return host in LOOPBACK or type(store).__name__ in ("FileStore", "HashStore")
+
+
+def _warn_of_half_a_launcher(env: Mapping[str, str]) -> None:
+    """Without a rank and a size each process would keep a run of its own, and nobody would know why."""
+    several = {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1}  # from which value on there must be others
+    told = [name for name, least in several.items() if is_set(env, name) and (whole(env[name]) or 0) >= least]
+    if told:
+        words = " and ".join(f"{name}={env[name]}" for name in told)
+        missing = " and ".join(name for name in ("RANK", "WORLD_SIZE") if not is_set(env, name))
+        warn_once(
+            "half a launcher",
+            f"{words} but no {missing} is set and torch.distributed is not initialised, so this process is taken for a "
+            "job of its own: call connect() after torch.distributed.init_process_group(), or set RANK and WORLD_SIZE.",
+        )
 
 
 def check_run_id(settings: ObserverSettings, identity: Identity, env: Mapping[str, str] = os.environ) -> None:
@@ -75,7 +128,7 @@ def check_run_id(settings: ObserverSettings, identity: Identity, env: Mapping[st
     """
     if settings.run_id or identity.world_size == 1 or _ray_train_context() or _agent_store_address(env):
         return
-    if _scheduler_job(env) or _default_store() is not None:
+    if scheduler_step(identity, env) or _default_store() is not None:
         return
     raise SettingsError(
         f"Cannot tell this job of {identity.world_size} processes from others on the cluster: set OBSERVER_RUN_ID to "
@@ -95,19 +148,40 @@ def resolve_run_id(settings: ObserverSettings, identity: Identity, env: Mapping[
     """
     if settings.run_id:
         return settings.run_id
+    job = _job(settings, identity, env)
+    if job is None:
+        return fresh_run_id()
+    return job if identity.run == 1 else f"{job[: RUN_ID_CHARACTERS - len(str(identity.run)) - 1]}-{identity.run}"
+
+
+def _job(settings: ObserverSettings, identity: Identity, env: Mapping[str, str]) -> str | None:
+    """The id of this job's first run, the same on every rank and after a restart; None where nothing is shared."""
     train = _ray_train_context()
     if train is not None:
         return _ray_train_run_id(train)
     address = _agent_store_address(env)
     if address:
-        return _agree(_agent_store(*address), fresh_run_id(env.get("TORCHELASTIC_RUN_ID", "")))
-    job = _scheduler_job(env)
-    if job:
-        return job
+        store = _agent_store(*address, timeout=timedelta(seconds=STORE_TIMEOUT_S))
+        return _agree(store, fresh_run_id(env.get("TORCHELASTIC_RUN_ID", "")))
+    step = scheduler_step(identity, env)
+    if step is not None:
+        # Programs of one process are told apart by their directory as well: an id means one experiment in the cloud.
+        return step if identity.world_size > 1 else run_id_of(f"{step}-{_short_hash(str(settings.log_dir))}")
     store = _default_store()
-    if store is not None:
-        return _agree(store, fresh_run_id())
-    return fresh_run_id()
+    return None if store is None else _agree(store, fresh_run_id())
+
+
+def scheduler_step(identity: Identity, env: Mapping[str, str] = os.environ) -> str | None:
+    """The Slurm step or MPI launch that has started this rank, of which other programs may be part as well."""
+    if identity.in_ray_train or _agent_store_address(env):
+        return None
+    try:
+        place = place_of(env)
+    except SettingsError:
+        place = None
+    if place is not None and place.world_size != identity.world_size:
+        return None  # ranks that this program has started by itself
+    return _scheduler_job(env)
 
 
 def most_restarts(env: Mapping[str, str] = os.environ) -> int:
@@ -117,13 +191,10 @@ def most_restarts(env: Mapping[str, str] = os.environ) -> int:
             from ray.train.v2._internal.execution.context import get_train_context
 
             most = int(get_train_context().train_run_context.run_config.failure_config.max_failures)
-            return most if most >= 0 else sys.maxsize
+            return most if 0 <= most < sys.maxsize else sys.maxsize
         except Exception:
             return 0  # another Ray
-    try:
-        return int(env["TORCHELASTIC_MAX_RESTARTS"])
-    except (KeyError, ValueError):
-        return 0
+    return _count(env, "TORCHELASTIC_MAX_RESTARTS")
 
 
 class Launch(NamedTuple):
@@ -155,8 +226,7 @@ def which_launch(env: Mapping[str, str] = os.environ) -> Launch:
 
 
 def _count(env: Mapping[str, str], name: str) -> int:
-    told = env.get(name, "")
-    return int(told) if told.isdecimal() else 0
+    return whole(env.get(name, "")) or 0
 
 
 def gpu_name(local_rank: int, env: Mapping[str, str] = os.environ) -> str | None:
@@ -166,7 +236,7 @@ def gpu_name(local_rank: int, env: Mapping[str, str] = os.environ) -> str | None
         if not cuda.is_available():
             return None
         index = cuda.current_device() if cuda.is_initialized() else local_rank
-    except (KeyError, AttributeError):  # no torch, or it is just being imported
+    except Exception:  # no torch, or it is just being imported, or its device has failed
         return None
     visible = [part for part in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
     physical = visible[index] if index < len(visible) else str(index)
@@ -181,21 +251,11 @@ def gpu_name(local_rank: int, env: Mapping[str, str] = os.environ) -> str | None
     return f"{name} {physical}"
 
 
-def _number(env: Mapping[str, str], name: str) -> int:
-    try:
-        return int(env[name])
-    except ValueError:
-        raise SettingsError(f"{name}={env[name]!r} is not a number: unset it, or let the launcher set it.") from None
-
-
 def fresh_run_id(launcher_id: str = "") -> str:
-    name = _slug(launcher_id)
+    """An id that no other run has, after the launcher's name of the job where that says anything."""
+    name = slug(launcher_id)
     plain = name in ("", "none") or re.fullmatch(r"[0-9a-f]{8}-[0-9a-f-]{27}", name)
     return f"{'' if plain else name[:32] + '-'}{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^0-9A-Za-z_.-]+", "-", text).strip("-")
 
 
 def _ray_train_context() -> Any:
@@ -212,7 +272,7 @@ def _ray_train_context() -> Any:
 
 
 def _ray_train_run_id(context: Any) -> str:
-    name = _slug(context.get_experiment_name() or "ray-train")
+    name = slug(context.get_experiment_name() or "") or "ray-train"
     try:
         # Unique to this run of the trainer and the same in its retries; the name may be used again tomorrow.
         from ray.train.v2._internal.execution.context import get_train_context
@@ -222,14 +282,15 @@ def _ray_train_run_id(context: Any) -> str:
         import ray
 
         unique = ray.get_runtime_context().get_job_id()
-    return f"{name[:48]}-{unique}"
+    return run_id_of(f"{name[:46]}-{unique}")
 
 
 def _agent_store_address(env: Mapping[str, str]) -> tuple[str, int] | None:
     """Where torchrun's agent keeps the store of this job, if it is one that the workers share."""
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not env.get("MASTER_PORT", "").isdigit():
+    port = whole(env.get("MASTER_PORT", ""))
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not port:
         return None
-    return env.get("MASTER_ADDR", "127.0.0.1"), int(env["MASTER_PORT"])
+    return env.get("MASTER_ADDR") or "127.0.0.1", port
 
 
 def _agent_store(host: str, port: int, **options: Any) -> Any:
@@ -251,15 +312,20 @@ def _default_store() -> Any:
 
 def _agree(store: Any, proposal: str) -> str:
     """The first proposal that reached the store. No collective: each rank asks for itself."""
-    return bytes(store.compare_set("swanlab-ray/run-id", "", proposal)).decode()
+    agreed = bytes(store.compare_set("swanlab-ray/run-id", "", proposal)).decode(errors="replace")
+    return agreed if is_run_id(agreed) else run_id_of(agreed)
 
 
 def _scheduler_job(env: Mapping[str, str]) -> str | None:
-    if "SLURM_JOB_ID" in env and "SLURM_STEP_ID" in env:
-        job = env.get("SLURM_ARRAY_JOB_ID", env["SLURM_JOB_ID"])
-        task = f"_{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in env else ""
-        cluster = _slug(env.get("SLURM_CLUSTER_NAME", ""))
-        return f"slurm-{cluster + '-' if cluster else ''}{job}{task}.{env['SLURM_STEP_ID']}"
-    if "PMIX_NAMESPACE" in env:
-        return f"mpi-{_slug(env['PMIX_NAMESPACE'])}"
+    if is_set(env, "SLURM_JOB_ID") and is_set(env, "SLURM_STEP_ID"):
+        job = env.get("SLURM_ARRAY_JOB_ID") or env["SLURM_JOB_ID"]
+        task = f"_{env['SLURM_ARRAY_TASK_ID']}" if is_set(env, "SLURM_ARRAY_TASK_ID") else ""
+        cluster = slug(env.get("SLURM_CLUSTER_NAME", ""))
+        return run_id_of(f"slurm-{cluster + '-' if cluster else ''}{job}{task}.{env['SLURM_STEP_ID']}")
+    if is_set(env, "PMIX_NAMESPACE"):
+        return run_id_of(f"mpi-{env['PMIX_NAMESPACE']}")
     return None
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:6]

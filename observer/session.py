@@ -10,6 +10,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from time import monotonic, time_ns
 from types import TracebackType
@@ -34,7 +35,7 @@ from swanlab_ray.actors.protocol import (
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError, check_writable
 from swanlab_ray.actors.status import ending
 from swanlab_ray.actors.version import package_version
-from swanlab_ray.observer import spans
+from swanlab_ray.observer import spans, workers
 from swanlab_ray.observer.cells import columns_of
 from swanlab_ray.observer.channel import CAPACITY, LARGE_BYTES, Channel, ChannelStatistics, Link
 from swanlab_ray.observer.exits import ExitWatch, describe
@@ -59,6 +60,7 @@ from swanlab_ray.observer.spans import NO_SPAN, NoSpan, Span, SpanLog
 from swanlab_ray.observer.spool import Spool
 from swanlab_ray.observer.termination import TerminationWatch
 from swanlab_ray.observer.values import Deferred, HostCopy, encode, salvage
+from swanlab_ray.observer.which_run import forget_runs, warn_of_joining, which_run
 
 FINISH_TIMEOUT_S = 90.0
 """How long ``finish()`` takes at most: SwanLab gets 60 s to close, the rest is for sending."""
@@ -506,6 +508,31 @@ class DisabledObserver(Observer):
         return True
 
 
+class WorkerObserver(DisabledObserver):
+    """Of a process that helps a rank: what it logs belongs to no rank."""
+
+    def __init__(self, settings: ObserverSettings, identity: Identity, rank_pid: int) -> None:
+        super().__init__(settings, identity)
+        self._rank_pid = rank_pid
+
+    def log(self, data: Mapping[str, Any], step: SupportsIndex | None = None) -> None:
+        self._tell()
+
+    def _log(self, data: Any, step: Any, scope: int) -> None:
+        self._tell()
+
+    def log_completions(self, rows: Iterable[Mapping[str, Any]], step: SupportsIndex | None = None) -> None:
+        self._tell()
+
+    def _tell(self) -> None:
+        warn_once(
+            "worker",
+            f"This process was started by process {self._rank_pid}, a connected rank, so it counts as its worker and "
+            "what it logs is not recorded: in a rank of its own call connect() after "
+            "torch.distributed.init_process_group(), or set RANK and WORLD_SIZE.",
+        )
+
+
 _current: Observer | None = None
 
 
@@ -513,7 +540,8 @@ def connect(settings: ObserverSettings | None = None, **overrides: Any) -> Obser
     """Connect this rank to the run's writer; the same call on every rank.
 
     Returns at once: Ray is found or started in the background, and what is logged meanwhile waits in memory. A second
-    call returns the observer of the first one until that is finished.
+    call returns the observer of the first one until that is finished; after that it begins another run, unless a run id
+    is set.
 
     Args:
         settings: see :class:`ObserverSettings`; by default read from the environment.
@@ -522,28 +550,72 @@ def connect(settings: ObserverSettings | None = None, **overrides: Any) -> Obser
     Raises:
         SettingsError: a setting is wrong. Problems that come later never raise, unless ``strict=True``.
     """
-    global _current
     if settings is not None and overrides:
         raise SettingsError(f"Pass either settings or keywords to connect(), not both (got {', '.join(overrides)}).")
-    settings = settings or ObserverSettings(**overrides)
+    if settings is None:
+        settings = ObserverSettings(**overrides)
+    elif not isinstance(settings, ObserverSettings):
+        raise SettingsError(f"connect() takes an ObserverSettings, not {type(settings).__name__}: pass its fields.")
+    try:
+        return _connect(settings)
+    except SettingsError:
+        raise
+    except Exception as error:
+        if settings.strict:
+            raise
+        return _unobserved(settings, f"{type(error).__name__}: {error}")
+
+
+def _connect(settings: ObserverSettings) -> Observer:
+    global _current
     if _current is not None and not (isinstance(_current, DisabledObserver) and settings.active):
         if settings != _current.settings:
-            warn_once("second connect", "connect() was called again with other settings; the first ones stay.")
+            joined = _current.settings.experiment_name or _current.run_id
+            warn_of_joining(_current.settings, joined, settings)
         return _current
-    identity = identify()
     if not settings.active:
         if settings.mode != "disabled" and "use_swanlab" not in settings.model_fields_set:
             raise SettingsError("No project is set: pass project='my-project' or set SWANLAB_PROJ_NAME.")
-        _current = DisabledObserver(settings, identity)
+        _current = DisabledObserver(settings, _identity_if_known())
         return _current
-    if identity.nodes == 1 and not identity.in_ray_train and not os.environ.get("RAY_ADDRESS"):
-        check_writable(settings.log_dir)  # elsewhere the writer's machine is another one, and says so itself
+    rank_pid = workers.helped_rank()
+    if rank_pid is not None:
+        workers.note()  # for workers of its own
+        _current = WorkerObserver(settings, _identity_if_known(), rank_pid)
+        return _current
+    identity = identify()
+    try:
+        if not settings.log_dir.is_absolute() or (
+            identity.nodes == 1 and not identity.in_ray_train and not os.environ.get("RAY_ADDRESS")
+        ):
+            check_writable(settings.log_dir)  # elsewhere the writer's machine is another one, and says so itself
+    except SettingsError as error:
+        if settings.strict or settings.log_dir.is_absolute():
+            raise
+        return _unobserved(settings, str(error))  # nobody has set it: the working directory was removed
     check_run_id(settings, identity)
+    identity = replace(identity, run=which_run(settings, identity))
     _current = Observer(settings, identity, RayLink(settings, identity))
     spans.active = _current.spans
+    workers.note()
     if settings.strict:
         _current.require_ready()
     return _current
+
+
+def _unobserved(settings: ObserverSettings, reason: str) -> Observer:
+    global _current
+    warn_once("unobserved", f"This rank is not observed; the training goes on. {reason}")
+    _current = DisabledObserver(settings, _identity_if_known())
+    spans.active = None
+    return _current
+
+
+def _identity_if_known() -> Identity:
+    try:
+        return identify()
+    except Exception:
+        return Identity(0, 1, 0, 1)
 
 
 def current() -> Observer | None:
@@ -555,12 +627,15 @@ def _forget(observer: Observer) -> None:
     global _current
     if _current is observer:
         _current = spans.active = None
+        workers.forget_note()
 
 
 def _after_fork() -> None:
     global _current
     observer, _current = _current, None
     spans.active = None
+    forget_runs()
+    workers.after_fork()
     if observer is not None and not isinstance(observer, DisabledObserver):
         observer._forked()
         shutdown = getattr(sys.modules.get("ray"), "shutdown", None)  # it may be half imported
