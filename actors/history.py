@@ -184,6 +184,8 @@ class Summary:
     """Jobs that this run has had: one that had ended may be gone on with."""
     session_ns: int = 0
     """When the last of them began."""
+    session_lives: set[str] = field(default_factory=set)
+    """That it has had."""
     before_ns: int = 0
     """When the one before it had ended."""
     notified: set[str] = field(default_factory=set)
@@ -288,11 +290,14 @@ def _count(summary: Summary, sequence: Sequence, entry: Entry) -> None:
                     summary.session_ns = entry.time_ns
                     summary.before_ns = summary.finished.time_ns if summary.finished is not None else 0
                     summary.notified.clear()
+                    summary.session_lives.clear()
+                summary.session_lives.add(entry.life)
                 summary.finished = summary.closed = None  # a job that goes on has not ended
             case Ended():
                 summary.lives.setdefault((entry.rank, entry.life), Life()).ended = entry
             case Returned():
                 summary.lives.setdefault((entry.rank, entry.life), Life()).ended = None
+                summary.finished = summary.closed = None  # the run had not ended after all
             case Opened():
                 summary.opened.append(entry)
             case Alert():

@@ -72,6 +72,9 @@ class Arrived(_Control):
     pid_namespace: str
     gpu: str | None = None
     restarts: int = 0
+    attempt: int = 0
+    nonce: str = ""
+    version: str = ""
 
 
 class Counts(BaseModel):

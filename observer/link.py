@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from swanlab_ray.actors.protocol import Ack, Beat, Farewell, Goodbye, Hello, WriterStatus
+from swanlab_ray.actors.protocol import Ack, Beat, Declined, Farewell, Goodbye, Hello, WriterStatus
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer import cluster
 from swanlab_ray.observer.identity import Identity, resolve_run_id
 
 CALL_DEADLINE_S = 30.0
 """How long an answer of the writer is waited for before the connection counts as broken."""
+
+DYING_S = 10.0
+"""How long the name of a run's writer may lead to one that has just ended."""
 
 REFERENCE_BYTES = 4 << 20
 """A larger batch is sent as an object reference. Below that a value is faster, and it needs no raylet: a rank would die
@@ -26,6 +29,22 @@ class RunOver(LinkBroken):
     """The run has ended; its writer takes nothing more."""
 
 
+class NotNow(LinkBroken):
+    """Ask again: another process reports as this rank, or another job under this run id, or the writer of a run that
+    has ended is still there. The message is for the user; empty where there is nothing to tell yet."""
+
+
+def welcomed(answer: Ack | Declined) -> Ack:
+    """What the writer answered to a hello.
+
+    Raises:
+        NotNow: it was declined.
+    """
+    if isinstance(answer, Declined):
+        raise NotNow(answer.sentence)
+    return answer
+
+
 class RayLink:
     """Finds or starts Ray, finds or creates the writer, and talks to it.
 
@@ -37,6 +56,7 @@ class RayLink:
         self._identity = identity
         self._cluster: cluster.Cluster | None = None
         self._writer: Any = None
+        self._died_at: float | None = None
         self.run_id: str | None = settings.run_id
 
     def open(self, hello: Hello) -> Ack:
@@ -45,6 +65,8 @@ class RayLink:
             return self._open(hello)
         except cluster.NoCluster as error:
             raise LinkBroken(str(error)) from error
+        except LinkBroken:
+            raise
         except Exception as error:  # Ray raises many kinds; each means the same here
             raise (RunOver if "RunEnded" in str(error) else LinkBroken)(_brief(error)) from error
 
@@ -56,7 +78,7 @@ class RayLink:
             self._cluster = cluster.attach(self.run_id, self._identity.nodes, self._settings.dashboard)
         import ray
 
-        from swanlab_ray.actors.writer import get_or_create
+        from swanlab_ray.actors.handle import get_or_create
 
         if not cluster.reachable(self._cluster):
             raise LinkBroken(f"The Ray cluster at '{self._cluster.address}' does not answer.")
@@ -65,8 +87,16 @@ class RayLink:
             raise LinkBroken("Ray was shut down under the observer; joining again.")
         self._writer = get_or_create(self.run_id, self._settings, self._cluster.life_lock)
         # Just after a run's end the name still finds the dying actor: only an answer proves that it lives.
-        welcome: Ack = ray.get(self._writer.hello.remote(hello), timeout=CALL_DEADLINE_S)
-        return welcome
+        try:
+            answer = ray.get(self._writer.hello.remote(hello), timeout=CALL_DEADLINE_S)
+        except ray.exceptions.ActorDiedError:
+            now = time.monotonic()
+            self._died_at = self._died_at or now
+            if now - self._died_at < DYING_S:
+                raise NotNow("") from None
+            raise
+        self._died_at = None
+        return welcomed(answer)
 
     def ingest(self, rank: int, life: str, seq: int, events: int, batch: bytes) -> Any:
         """Send a batch of so many events; the returned reference is the answer."""
