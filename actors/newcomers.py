@@ -96,8 +96,8 @@ class Newcomers:
         who = f"{other.hello.host}, pid {other.hello.pid}"
         if _same_job(hello, other):
             return (
-                f"Another process of this job reports as rank {hello.rank} ({who}): check RANK and WORLD_SIZE. What "
-                "this one logs is kept until that one has ended."
+                f"Another process of this job reports as rank {hello.rank} ({who}): check RANK and WORLD_SIZE, "
+                "or give each program its own OBSERVER_RUN_ID. What this one logs is kept until that one has ended."
             )
         return (
             f"Another job reports under run id '{self._run_id}' (rank {other.hello.rank}: {who}): give each job its "
