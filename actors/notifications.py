@@ -22,8 +22,7 @@ STRAGGLER_S = 60.0
 
 RESTARTED = "The training was started again,"
 MOVES_AGAIN = "Ranks make steps again"
-ONLY_RANK_0 = "Only rank 0 has reported"
-_TOLD_OTHERWISE = ("Lark ", "A notification ", "Alert: ", "The journal is written again.", HANGS, ONLY_RANK_0)
+_TOLD_OTHERWISE = ("Lark ", "A notification ", "Alert: ", "The journal is written again.", HANGS)
 """How notices begin that are no notification of their own."""
 
 _ENDS = {

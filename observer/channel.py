@@ -36,7 +36,7 @@ from swanlab_ray.actors.protocol import (
     encode_batch,
 )
 from swanlab_ray.actors.records import Ended, Entry
-from swanlab_ray.observer.link import CALL_DEADLINE_S, LinkBroken, NotNow, RunOver
+from swanlab_ray.observer.link import CALL_DEADLINE_S, LinkBroken, RunOver
 from swanlab_ray.observer.notices import logger, warn_once
 from swanlab_ray.observer.opening import Opening
 from swanlab_ray.observer.pulse import Pulse
@@ -83,6 +83,7 @@ class Link(Protocol):
     """What the channel needs of a connection; see :class:`swanlab_ray.observer.link.RayLink`."""
 
     run_id: str | None
+    deadline: float
 
     def open(self, hello: Hello) -> Ack: ...
     def ingest(self, rank: int, life: str, seq: int, events: int, batch: bytes) -> Any: ...
@@ -274,6 +275,7 @@ class Channel:
         """Wait for a :meth:`finish` that is under way or over, and let it take no longer; returns what that does."""
         slack = min(SLACK_S, timeout / 5)
         self._deadline = min(self._deadline, time.monotonic() + timeout - slack)
+        self._link.deadline = self._deadline
         self._wake.set()
         if not self._rescued and not self._done_within(timeout - slack / 2):
             self._rescue(slack / 2)
@@ -383,9 +385,7 @@ class Channel:
                     self._connected = False
                     self._beat = None
                     self.last_error = str(error) if isinstance(error, LinkBroken) else traceback.format_exc()
-                    if isinstance(error, NotNow):
-                        self._show([str(error)] if str(error) else [])
-                    elif self._connections == 0:
+                    if self._connections == 0:
                         warn_once(
                             "unreachable", f"{self.last_error.rstrip('. ')} - the training goes on; still trying."
                         )

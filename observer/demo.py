@@ -25,8 +25,9 @@ from swanlab_ray.actors.protocol import WriterStatus
 from swanlab_ray.actors.settings import LOG_DIR_VARIABLES, ObserverSettings
 from swanlab_ray.actors.status import status_line
 from swanlab_ray.observer.breakdown import breakdown, phases_table
-from swanlab_ray.observer.cluster import NoCluster, running_address, start_private
+from swanlab_ray.observer.cluster import NoCluster, running_address
 from swanlab_ray.observer.identity import fresh_run_id
+from swanlab_ray.observer.private import start_private
 from swanlab_ray.observer.render import say
 from swanlab_ray.observer.watch import Watcher, rank_table
 

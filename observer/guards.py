@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
+from typing import Any
 
+from swanlab_ray.observer.addresses import socket_answers
 from swanlab_ray.observer.notices import logger
 
 _ENVIRONMENT = {
@@ -47,7 +51,7 @@ def _is_ray_worker() -> bool:
 
 @contextmanager
 def process_unchanged() -> Iterator[None]:
-    """Put signal handlers and ``sys.excepthook`` back to what they were before the block.
+    """Put signal handlers, ``sys.excepthook`` and faulthandler back to what they were before the block.
 
     Handlers are saved and restored with sigaction(2), since Python's ``signal`` works on the main thread only and this
     runs on the flusher's. What the training itself changes meanwhile stays changed.
@@ -58,12 +62,67 @@ def process_unchanged() -> Iterator[None]:
         action = ctypes.create_string_buffer(256)  # more than struct sigaction on any platform
         if libc.sigaction(int(number), None, action) == 0:
             saved[number] = (action, signal.getsignal(number))
-    hook = sys.excepthook
+    hook, dumps = sys.excepthook, faulthandler.is_enabled()
     try:
         yield
     finally:
+        if not dumps:
+            faulthandler.disable()  # whoever asks whether it is on must not be told so, since its handlers go now
         for number, (action, handler) in saved.items():
             if signal.getsignal(number) is handler:
                 libc.sigaction(int(number), action, None)
         if sys.excepthook.__module__.startswith("ray."):
             sys.excepthook = hook
+
+
+UV_HOOK = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
+LOCAL_NODE_S = 20.0
+"""How long a node of the cluster is looked for on this machine; Ray's own 60 s are most of what ``finish()`` has."""
+
+
+class RayletGone(ConnectionError):
+    """The node of this machine does not listen."""
+
+
+@contextmanager
+def joining() -> Iterator[None]:
+    """Around the observer's ``ray.init``, which Ray would turn into more than a connection, or into the process's end.
+
+    Below ``uv run`` it would pack the working directory and start the writer through uv; its hook is a constant of
+    Ray's. And where the raylet of this machine does not listen (it was killed, or its socket was cleaned away) Ray's
+    core ends the process with code 1, so it is looked at before, where Ray has chosen the node. What befalls the writer
+    Ray would print in the training, thousands of lines of it.
+    """
+    from ray._private import ray_constants, services, worker
+
+    hook = getattr(ray_constants, UV_HOOK, None)
+    choose: Callable[..., Any] | None = getattr(services, "get_node_to_connect_for_driver", None)
+
+    def choose_living(*args: Any, **kwargs: Any) -> Any:
+        assert choose is not None
+        if "timeout_seconds" in signature(choose).parameters:
+            kwargs.setdefault("timeout_seconds", LOCAL_NODE_S)
+        node = choose(*args, **kwargs)
+        for name in ("raylet_socket_name", "object_store_socket_name"):
+            path = getattr(node, name, None)
+            if path and not socket_answers(path):
+                raise RayletGone(f"Ray's node on this machine has ended or lost its socket {path}")
+        return node
+
+    listen = getattr(worker, "listen_error_messages", None)
+
+    if hook is not None:
+        setattr(ray_constants, UV_HOOK, False)
+    if listen is not None:
+        worker.listen_error_messages = lambda *_, **__: None
+    if choose is not None:
+        services.get_node_to_connect_for_driver = choose_living
+    try:
+        yield
+    finally:
+        if hook is not None:
+            setattr(ray_constants, UV_HOOK, hook)
+        if choose is not None:
+            services.get_node_to_connect_for_driver = choose
+        if listen is not None:
+            worker.listen_error_messages = listen

@@ -13,20 +13,29 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from swanlab_ray.actors.locks import hold_lock, nobody_holds
+from swanlab_ray.observer import directories
+from swanlab_ray.observer.guards import UV_HOOK
 
 GRACE_S = 4.0
 """The lock may be free this long: a restarted writer needs about two seconds."""
 POLL_S = 0.5
 RAYLET_DEADLINE_S = 240.0
+START_S = 270.0
 """Less than a rank waits for the cluster."""
+ALARM_S = 15.0
+TOUCH_S = 600.0
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",  # the actor's log is looked at while it runs
     # Ray gives up a node that does not answer for 15 s. This one is alone: giving it up would end the observation.
@@ -50,15 +59,21 @@ EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
 
-def keep(directory: Path, dashboard: bool) -> None:
-    """Start the cluster, publish its address in ``directory/cluster``, wait until it is unused, end it."""
-    _sweep(directory)
+def keep(directory: Path, lock: int, dashboard: bool) -> None:
+    """Start the cluster, publish its address in ``directory/cluster``, wait until it is unused, end it.
+
+    Args:
+        lock: descriptor of ``directory/keeper``.
+    """
+    directories.sweep(directory.parent)
+    os.environ.pop("RAY_RUNTIME_ENV_HOOK", None)  # the training's; Ray would call it here as well
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import ray
-
-    temporary = directory.parent / f"r{os.getpid()}"
-    context = _start(temporary, dashboard)
+    os.environ[UV_HOOK] = "0"  # below `uv run` Ray would pack the working directory and start the writer through uv
+    session = directories.new_session(directory.parent)
+    hold_lock(str(session / "keeper"))
+    with Starting(directory, session):
+        context = _start(session, dashboard)
     described = {
         "address": context.address_info["gcs_address"],
         "dashboard": context.dashboard_url or None,
@@ -68,20 +83,89 @@ def keep(directory: Path, dashboard: bool) -> None:
     unfinished.touch(mode=0o600)
     unfinished.write_text(json.dumps(described))
     unfinished.rename(directory / "cluster")
-    ended = directory.parent / f"ended-{os.getpid()}"
     while True:
-        _wait_until_unused(directory / "alive")
+        _wait_until_unused(directory, session)
         # Nobody finds it any more under its name; then nobody can have come in between.
-        directory.rename(ended)
-        if nobody_holds(str(ended / "alive")):
+        ended = directories.put_away(directory, ["alive"])
+        if ended is not None or not _is_ours(directory, lock) or nobody_holds(str(directory / "alive")):
             break
-        ended.rename(directory)
+    import ray
+
     ray.shutdown()
-    shutil.rmtree(ended, ignore_errors=True)
-    shutil.rmtree(temporary, ignore_errors=True)
+    if ended is not None:
+        shutil.rmtree(ended, ignore_errors=True)
+    shutil.rmtree(session, ignore_errors=True)
 
 
-def _start(temporary: Path, dashboard: bool) -> Any:
+def _is_ours(directory: Path, lock: int) -> bool:
+    """Whether a directory is the one this keeper was started for; another can have been made in its place."""
+    try:
+        return os.path.samestat(os.fstat(lock), (directory / "keeper").stat())
+    except OSError:
+        return False
+
+
+class Starting:
+    """Around the start of the cluster, which Ray may wait for without end: gives up, whatever has died of it.
+
+    It ends this process with what that has started, and leaves the reason in ``directory/failed`` for the ranks.
+    """
+
+    def __init__(self, directory: Path, session: Path, deadline: float = START_S) -> None:
+        self._directory = directory
+        self._session = session
+        self._deadline = deadline
+        self._done = threading.Event()
+
+    def __enter__(self) -> None:
+        # Where Ray keeps all threads of Python from running, the kernel ends this process; its children go with it.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(int(self._deadline + ALARM_S))
+        threading.Thread(target=self._watch, name="swanlab-ray-start", daemon=True).start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._done.set()
+        signal.alarm(0)
+        if error is not None:
+            traceback.print_exception(error)
+            self._give_up(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+
+    def _watch(self) -> None:
+        deadline = time.monotonic() + self._deadline
+        unused_since: float | None = None
+        while not self._done.wait(POLL_S):
+            now = time.monotonic()
+            unused_since = (unused_since or now) if nobody_holds(str(self._directory / "alive")) else None
+            dead = _dead_children()
+            if dead:
+                self._give_up(f"{dead[0]} has ended while the cluster started")
+            elif now >= deadline:
+                self._give_up(f"it did not start within {self._deadline:.0f} s")
+            elif unused_since is not None and now - unused_since >= GRACE_S:
+                self._give_up("nobody waits for it any more")
+
+    def _give_up(self, why: str) -> None:
+        print(why, flush=True)
+        with suppress(OSError):
+            (self._directory / "failed").write_text(why)
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                child.kill()
+        shutil.rmtree(self._session, ignore_errors=True)
+        os._exit(1)
+
+
+def _dead_children() -> list[str]:
+    """Names of what a cluster cannot do without, and that has ended."""
+    dead = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if child.name() in ("gcs_server", "raylet") and child.status() == psutil.STATUS_ZOMBIE:
+                dead.append(child.name())
+    return dead
+
+
+def _start(session: Path, dashboard: bool) -> Any:
     import ray
 
     be_patient()
@@ -93,7 +177,7 @@ def _start(temporary: Path, dashboard: bool) -> Any:
         object_store_memory=100 << 20,
         # True would give up the whole cluster where the dashboard is slow or not installed.
         include_dashboard=None if dashboard else False,
-        _temp_dir=str(temporary),
+        _temp_dir=str(session),
         log_to_driver=False,
     )
 
@@ -176,31 +260,22 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _sweep(own: Path) -> None:
-    """Remove what keepers that were killed have left behind."""
-    for path in own.parent.iterdir():
-        if path.name.startswith("r") and path.name[1:].isdigit():
-            left = not Path(f"/proc/{path.name[1:]}").exists()
-        else:
-            # Closing a lock file of our own would release it, so our directory is not looked at.
-            # A new one is left alone: its first rank may not hold its lock yet.
-            old = path != own and time.time() - path.stat().st_mtime > 60
-            left = old and nobody_holds(str(path / "keeper")) and nobody_holds(str(path / "alive"))
-        if left:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _wait_until_unused(alive: Path) -> None:
+def _wait_until_unused(directory: Path, session: Path) -> None:
     unused_since: float | None = None
+    touched = 0.0
     while True:
         time.sleep(POLL_S)
-        if not nobody_holds(str(alive)):
+        now = time.monotonic()
+        if not nobody_holds(str(directory / "alive")):
             unused_since = None
-            for file in alive.parent.iterdir():
-                os.utime(file)  # some machines clean /tmp by age
+            if now - touched >= TOUCH_S:
+                touched = now
+                for place in (directory, session):
+                    with suppress(OSError):  # a file goes while they are listed
+                        directories.keep_young([place, *place.rglob("*")])
             continue
-        unused_since = unused_since or time.monotonic()
-        if time.monotonic() - unused_since >= GRACE_S:
+        unused_since = unused_since or now
+        if now - unused_since >= GRACE_S:
             return
 
 
@@ -208,8 +283,11 @@ def main() -> None:
     directory = Path(sys.argv[-1])
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C is for the training; the cluster ends after it
-    hold_lock(str(directory / "keeper"))
-    keep(directory, "--no-dashboard" not in sys.argv)
+    if not directories.made_here(directory):
+        sys.exit(f"{directory} is none of our directories.")
+    lock = hold_lock(str(directory / "keeper"))
+    os.utime(directory / "keeper")  # when this began
+    keep(directory, lock, "--no-dashboard" not in sys.argv)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from swanlab_ray.actors.protocol import Ack, Beat, Declined, Farewell, Goodbye, Hello, WriterStatus
+from swanlab_ray.actors.protocol import Ack, Beat, Farewell, Goodbye, Hello, WriterStatus
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.observer import cluster
+from swanlab_ray.observer import cluster, sharing
 from swanlab_ray.observer.identity import Identity, resolve_run_id
 
 CALL_DEADLINE_S = 30.0
 """How long an answer of the writer is waited for before the connection counts as broken."""
 
-DYING_S = 10.0
-"""How long the name of a run's writer may lead to one that has just ended."""
+TURN_S = 0.1
+"""How long the script's own use of Ray may have to wait for one look at an answer."""
+STARTS = 3
+"""How often a writer that cannot be started is tried."""
 
 REFERENCE_BYTES = 4 << 20
 """A larger batch is sent as an object reference. Below that a value is faster, and it needs no raylet: a rank would die
@@ -29,22 +34,6 @@ class RunOver(LinkBroken):
     """The run has ended; its writer takes nothing more."""
 
 
-class NotNow(LinkBroken):
-    """Ask again: another process reports as this rank, or another job under this run id, or the writer of a run that
-    has ended is still there. The message is for the user; empty where there is nothing to tell yet."""
-
-
-def welcomed(answer: Ack | Declined) -> Ack:
-    """What the writer answered to a hello.
-
-    Raises:
-        NotNow: it was declined.
-    """
-    if isinstance(answer, Declined):
-        raise NotNow(answer.sentence)
-    return answer
-
-
 class RayLink:
     """Finds or starts Ray, finds or creates the writer, and talks to it.
 
@@ -56,47 +45,79 @@ class RayLink:
         self._identity = identity
         self._cluster: cluster.Cluster | None = None
         self._writer: Any = None
-        self._died_at: float | None = None
+        self._hopeless: str | None = None
+        self._failures = 0  # in a row, of a writer that cannot be started
         self.run_id: str | None = settings.run_id
+        self.deadline = math.inf
+        """Until when (monotonic) a call may take; earlier once the training has ended."""
 
     def open(self, hello: Hello) -> Ack:
         """Say hello to this run's writer, creating it if this rank comes first."""
+        if self._hopeless is not None:
+            raise LinkBroken(self._hopeless)
         try:
             return self._open(hello)
-        except cluster.NoCluster as error:
-            raise LinkBroken(str(error)) from error
         except LinkBroken:
             raise
         except Exception as error:  # Ray raises many kinds; each means the same here
-            raise (RunOver if "RunEnded" in str(error) else LinkBroken)(_brief(error)) from error
+            raise _broken(error) from error
 
     def _open(self, hello: Hello) -> Ack:
         # Ray Train tells its run only after Ray is imported; otherwise the id is there before Ray is.
         if self.run_id is None:
             self.run_id = resolve_run_id(self._settings, self._identity)
         if self._cluster is None:
-            self._cluster = cluster.attach(self.run_id, self._identity.nodes, self._settings.dashboard)
-        import ray
-
-        from swanlab_ray.actors.handle import get_or_create
-
+            self._cluster = cluster.attach(
+                self.run_id,
+                self._identity.nodes,
+                self._identity.world_size,
+                self._settings.dashboard,
+                lambda: self.deadline,
+            )
         if not cluster.reachable(self._cluster):
             raise LinkBroken(f"The Ray cluster at '{self._cluster.address}' does not answer.")
-        if not ray.is_initialized():
-            self._cluster = None
-            raise LinkBroken("Ray was shut down under the observer; joining again.")
-        self._writer = get_or_create(self.run_id, self._settings, self._cluster.life_lock)
+        with self._ray() as ray:
+            from swanlab_ray.actors.writer import get_or_create
+
+            if not ray.is_initialized():
+                raise sharing.Taken("Ray was shut down")
+            self._writer = get_or_create(self.run_id, self._settings, self._cluster.life_lock)
         # Just after a run's end the name still finds the dying actor: only an answer proves that it lives.
+        wait = max(0.5, min(CALL_DEADLINE_S, self.deadline - time.monotonic()))
         try:
-            answer = ray.get(self._writer.hello.remote(hello), timeout=CALL_DEADLINE_S)
-        except ray.exceptions.ActorDiedError:
-            now = time.monotonic()
-            self._died_at = self._died_at or now
-            if now - self._died_at < DYING_S:
-                raise NotNow("") from None
+            welcome: Ack | None = self._answer(self._call("hello", hello), wait)
+        except LinkBroken as error:
+            self._note_failure(error)
             raise
-        self._died_at = None
-        return welcomed(answer)
+        if welcome is None:
+            raise LinkBroken(f"The writer did not answer within {wait:.0f} s.")
+        self._failures = 0
+        return welcome
+
+    def _note_failure(self, error: LinkBroken) -> None:
+        """End a writer that its node cannot start: Ray would try for ever, also when this rank has gone."""
+        if not isinstance(error.__cause__, Exception) or not _cannot_start(error.__cause__):
+            return
+        self._failures += 1
+        with suppress(Exception), self._ray() as ray:
+            ray.kill(self._writer, no_restart=True)
+        if self._failures >= STARTS:
+            self._hopeless = str(error)
+
+    @contextmanager
+    def _ray(self) -> Iterator[Any]:
+        """Ray, connected as it was when this link was opened; meanwhile the script's own use of it waits."""
+        if self._cluster is None:
+            raise LinkBroken("not connected")
+        import ray
+
+        try:
+            with sharing.using_ray(self._cluster.connection):
+                yield ray
+        except sharing.Taken as error:
+            left, self._cluster, self._writer = self._cluster, None, None
+            cluster.detach(left)
+            raise LinkBroken(f"{error}; joining that") from error
 
     def ingest(self, rank: int, life: str, seq: int, events: int, batch: bytes) -> Any:
         """Send a batch of so many events; the returned reference is the answer."""
@@ -126,7 +147,8 @@ class RayLink:
         """Wait until the run is closed or until ``deadline`` (monotonic); returns the last status that was read."""
         status = None
         while time.monotonic() < deadline:
-            status = self._answer(self._call("status"), max(0.1, deadline - time.monotonic()))
+            wait = max(0.1, min(CALL_DEADLINE_S, deadline - time.monotonic()))
+            status = self._answer(self._call("status"), wait)
             if status is None or status.closed:
                 break
             time.sleep(0.05)
@@ -138,51 +160,82 @@ class RayLink:
             cluster.detach(self._cluster)
             self._cluster = None
 
-    @staticmethod
-    def _by_reference(batch: bytes) -> Any:
+    def _by_reference(self, batch: bytes) -> Any:
         """A large batch goes through the object store, a smaller one with the call."""
         if len(batch) <= REFERENCE_BYTES:
             return batch
-        import ray
-
         try:
-            return ray.put(batch)
+            with self._ray() as ray:
+                return ray.put(batch)
+        except LinkBroken:
+            raise
         except Exception as error:
-            raise LinkBroken(_brief(error)) from error
+            raise _broken(error) from error
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        import ray
-
-        if self._writer is None or not ray.is_initialized():
+        if self._writer is None:
             raise LinkBroken("not connected")
         try:
-            return getattr(self._writer, method).remote(*arguments)
+            with self._ray() as ray:
+                if not ray.is_initialized():
+                    raise sharing.Taken("Ray was shut down")
+                return getattr(self._writer, method).remote(*arguments)
+        except LinkBroken:
+            raise
         except Exception as error:
-            raise LinkBroken(_brief(error)) from error
+            raise _broken(error) from error
 
     def _ready(self, reference: Any, wait: float) -> bool:
-        import ray
-
+        """Whether there is an answer. The script comes in between, should it want to initialise Ray itself."""
+        deadline = time.monotonic() + wait
         try:
-            return bool(ray.wait([reference], timeout=wait)[0])
+            while True:
+                left = max(0.0, deadline - time.monotonic())
+                with self._ray() as ray:
+                    if ray.wait([reference], timeout=min(left, TURN_S))[0]:
+                        return True
+                if left <= TURN_S:
+                    return False
+        except LinkBroken:
+            raise
         except Exception as error:
-            raise LinkBroken(_brief(error)) from error
+            raise _broken(error) from error
 
     def _answer(self, reference: Any, wait: float) -> Any:
-        import ray
-
         if not self._ready(reference, wait):
             return None
         try:
-            return ray.get(reference)
+            with self._ray() as ray:
+                return ray.get(reference)
+        except LinkBroken:
+            raise
         except Exception as error:
-            raise LinkBroken(_brief(error)) from error
+            raise _broken(error) from error
+
+
+def _broken(error: Exception) -> LinkBroken:
+    """What an exception means here. Ray raises that of the writer as its own kind, with the cause."""
+    from swanlab_ray.actors.writer import RunEnded
+
+    cause = getattr(error, "cause", None)
+    told = cause if isinstance(cause, Exception) else error
+    if isinstance(told, RunEnded):
+        return RunOver(_brief(told))
+    if isinstance(error, cluster.NoCluster):
+        return LinkBroken(str(error))
+    if _cannot_start(error):
+        return LinkBroken(
+            "The writer's node, mostly the cluster's head, has no swanlab-ray, or another version of it: install it "
+            "there as it is here."
+        )
+    return LinkBroken(_brief(told))
+
+
+def _cannot_start(error: Exception) -> bool:
+    """Whether the writer's class could not even be imported, where Ray has started its process."""
+    return "swanlab_ray" in str(error) and ("ModuleNotFoundError" in str(error) or "ImportError" in str(error))
 
 
 def _brief(error: BaseException) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return (
-        f"{type(error).__name__}: {lines[-1 if 'RunEnded' in str(error) else 0][:200]}"
-        if lines
-        else type(error).__name__
-    )
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

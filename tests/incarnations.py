@@ -22,7 +22,7 @@ from swanlab_ray.actors.sink import Sink
 from swanlab_ray.actors.writer import Writer
 from swanlab_ray.observer.channel import Link as LinkProtocol
 from swanlab_ray.observer.identity import Identity
-from swanlab_ray.observer.link import LinkBroken, welcomed
+from swanlab_ray.observer.link import LinkBroken
 from swanlab_ray.observer.session import Observer
 
 
@@ -114,6 +114,7 @@ class Link:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.run_id = cluster.settings.run_id
+        self.deadline = 0.0
         self.cut = False
         self.lose_answers = 0
         self.delay = 0.0
@@ -123,7 +124,8 @@ class Link:
         if self.cut:
             raise LinkBroken("it is cut")
         self._writer = self.cluster.find()
-        return welcomed(self._call("hello", hello))
+        answer: Ack = self._call("hello", hello)
+        return answer
 
     def ingest(self, *batch: Any) -> Any:
         return self._call("ingest", *batch)

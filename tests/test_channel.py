@@ -45,6 +45,7 @@ class ShakyLink:
     """Takes batches like the writer does, and fails when told to."""
 
     run_id: str | None = "shaky"
+    deadline = 0.0
 
     def __init__(self) -> None:
         self.taken: list[Any] = []

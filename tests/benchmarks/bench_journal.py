@@ -39,6 +39,7 @@ class Direct:
     """A link to a writer in this process."""
 
     run_id: str | None = "bench"
+    deadline = 0.0
 
     def __init__(self, writer: Any) -> None:
         self.writer = writer
