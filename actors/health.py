@@ -179,7 +179,10 @@ class Health:
             if known is None or known.life != member.hello.life:
                 continue
             if member.state == "running" and not _over(member):
-                training[member.hello.rank] = known
+                if _may_idle(member, known.doing):
+                    known.since = now
+                else:
+                    training[member.hello.rank] = known
             else:  # what it may still do, another training perhaps, begins anew
                 known.since, known.steps = now, 0
         # Where only some ranks say what step they are at, the others cannot be judged.
@@ -237,6 +240,13 @@ def why_silent(state: str | None) -> str:
 def _over(member: Member) -> bool:
     """Whether its training is over, though its process lives."""
     return member.view.outcome is not None and member.view.outcome.state is not None
+
+
+def _may_idle(member: Member, doing: Doing) -> bool:
+    """Whether nothing says that it is at work: one process of its own, such as a notebook, that has no span open and in
+    which no Trainer trains. Perhaps its user is thinking."""
+    trains = member.view.outcome is not None and member.view.outcome.state is None
+    return member.hello.world_size == 1 and not doing.span and not trains
 
 
 def _behind(steps: dict[int, int | None], stacks: dict[int, Stacks]) -> list[int]:

@@ -16,6 +16,9 @@ from swanlab_ray.actors.sink import stderr
 
 LEARNING_RATES = {"learning_rate", "train/learning_rate", "lr"}
 
+REJECTED = 1000
+"""Names of values that are not logged, of which each is told; the rest is counted."""
+
 Forward = Callable[[Entry, "list[Event] | None", Position], None]
 
 
@@ -51,7 +54,7 @@ class Views:
         self.rejected = 0
         self._forward = forward
         self._on_stacks = on_stacks
-        self._rejected_keys: set[str] = set()
+        self._rejected_keys: set[tuple[str, str]] = set()
         self._queue: SimpleQueue[tuple[float, Entry, Position] | threading.Event] = SimpleQueue()
         self._oldest: float | None = None
         self._counting = threading.Lock()
@@ -100,7 +103,10 @@ class Views:
                     events = self._look(entry)
                 except Exception:
                     stderr(traceback.format_exc())
-            self._forward(entry, events, position)
+            try:
+                self._forward(entry, events, position)
+            except Exception:
+                stderr(traceback.format_exc())
 
     def _look(self, batch: Batch) -> list[Event]:
         events, rejected = decode_batch(batch.data)
@@ -108,9 +114,13 @@ class Views:
         if view is None or view.life != batch.life:
             return events  # of a life that is over
         for bad in rejected:
-            if bad.key not in self._rejected_keys and len(self._rejected_keys) < 1000:
-                self._rejected_keys.add(bad.key)
-                view.notices.append(bad.sentence)
+            # Of names one sentence each; of whole events, which have none, one for each reason.
+            key = (bad.key, bad.reason if bad.whole else "")
+            if key in self._rejected_keys or len(self._rejected_keys) > REJECTED:
+                continue
+            self._rejected_keys.add(key)
+            more = f"More than {REJECTED} names are not logged; the rest of them are counted, and not told."
+            view.notices.append(bad.sentence if len(self._rejected_keys) <= REJECTED else more)
         self.rejected += len(rejected)
         for event in events:
             match event:

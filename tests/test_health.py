@@ -35,6 +35,7 @@ class Job:
         self.states: dict[int, str] = {}
         self.health = Health(timeout, lambda member: self.states.get(member.hello.rank))
         self.now = 1000.0
+        self.unix = 1e9  # what the clock says beyond that
         self.moved = dict.fromkeys(range(ranks), self.now)
         self.steps: dict[int, int | None] = dict.fromkeys(range(ranks))
         self.spans = dict.fromkeys(range(ranks), "")
@@ -62,7 +63,7 @@ class Job:
         for n, moved in self.moved.items():
             if n not in self.mute:
                 self.health.beat(n, f"life{n}", Doing(self.steps[n], self.spans[n], self.now - moved), self.now)
-        over = self.health.look(self.members, self.now, self.now)
+        over = self.health.look(self.members, self.now, self.now + self.unix)
         if over is not None:
             self.over.append(over)
 
@@ -332,6 +333,40 @@ def test_nothing_is_told_of_a_writer_that_was_away() -> None:
     job.health.paused(10 * TIMEOUT, job.now)
     job.beat()
     assert job.health.asks == 0
+
+
+def test_a_notebook_whose_user_thinks_is_no_hang() -> None:
+    """Steps came quickly, then nothing for hours; the next cell is judged from its own beginning."""
+    job = Job(1)
+    job.train(seconds=0.1)
+    job.wait(20 * TIMEOUT)
+    assert job.health.asks == 0
+    job.spans[0] = "epoch"  # from now on it says that it is at work
+    job.wait(TIMEOUT - 10)
+    assert job.health.asks == 0
+    job.wait(20)
+    assert job.health.asks
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_one_process_is_judged_while_a_trainer_trains_in_it(trains: bool) -> None:
+    job = Job(1)
+    job.members[0].view.outcome = Outcome(None if trains else "success", None, 0)
+    job.train()
+    job.wait(TIMEOUT + 10)
+    assert bool(job.health.asks) == trains
+
+
+def test_stacks_are_asked_for_again_though_the_clock_was_set_back() -> None:
+    job = Job(2)
+    asked = []
+    for number, hours in enumerate((0, 1, 1)):
+        job.train()
+        job.unix = 1e9 - 3600.0 * hours
+        job.wait(TIMEOUT * 3**number + 6 + STACKS_S)  # longer each time: a pause that has ended counts as ordinary
+        asked.append(job.health.asks)
+        job.step()
+    assert 0 < asked[0] < asked[1] < asked[2]
 
 
 def test_zero_is_never() -> None:
