@@ -580,7 +580,7 @@ def _connect(settings: ObserverSettings) -> Observer:
         return _current
     rank_pid = workers.helped_rank()
     if rank_pid is not None:
-        workers.note()  # for workers of its own
+        workers.note(rank_pid)  # for workers of its own
         _current = WorkerObserver(settings, _identity_if_known(), rank_pid)
         return _current
     identity = identify()

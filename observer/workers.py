@@ -12,31 +12,41 @@ import os
 import sys
 
 _NOTE = "OBSERVER_CONNECTED"
+_helps: int | None = None
 _forked_from: int | None = None
 _inherited_group = False
 
 
-def note() -> None:
-    """This process is a connected rank, or a worker of one."""
+def note(helps: int | None = None) -> None:
+    """This process is a connected rank, or helps that of another process."""
+    global _helps
+    _helps = helps
     os.environ[_NOTE] = f"{os.getpid()} {os.environ.get('RANK', '')}"
 
 
 def forget_note() -> None:
-    """It is no more; what it starts from now on may be ranks."""
-    if os.environ.get(_NOTE, "").partition(" ")[0] == str(os.getpid()):
+    """It is a rank no more; what it starts from now on may be ranks."""
+    if _helps is None and os.environ.get(_NOTE, "").partition(" ")[0] == str(os.getpid()):
         del os.environ[_NOTE]
 
 
 def helped_rank() -> int | None:
     """The process whose worker this is; None if it is none's."""
     told, _, rank = os.environ.get(_NOTE, "").partition(" ")
-    if not told.isdecimal() or int(told) == os.getpid() or rank != os.environ.get("RANK", ""):
+    if not told.isdecimal() or rank != os.environ.get("RANK", "") or (_in_a_group() and not _inherited_group):
         return None
+    if int(told) == os.getpid():
+        return _helps
+    return int(told) if int(told) in (_forked_from, _parent()) else None
+
+
+def _parent() -> int | None:
+    """The process that has started this one with multiprocessing."""
     parent = multiprocessing.parent_process()
-    started_by = {_forked_from, None if parent is None else parent.pid}
-    if int(told) not in started_by or (_in_a_group() and not _inherited_group):
-        return None
-    return int(told)
+    if parent is not None:
+        return parent.pid
+    # While a spawned process runs the script's first lines it has not been told its parent yet.
+    return os.getppid() if getattr(multiprocessing.current_process(), "_inheriting", False) else None
 
 
 def _in_a_group() -> bool:
@@ -50,5 +60,5 @@ def _in_a_group() -> bool:
 
 def after_fork() -> None:
     """In a child: remember what it has from its parent."""
-    global _forked_from, _inherited_group
-    _forked_from, _inherited_group = os.getppid(), _in_a_group()
+    global _helps, _forked_from, _inherited_group
+    _helps, _forked_from, _inherited_group = None, os.getppid(), _in_a_group()
