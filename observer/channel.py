@@ -244,16 +244,17 @@ class Channel:
         with self._counting:
             self._flushing += 1
         try:
-            while time.monotonic() < deadline and not self.done.is_set():
+            while True:
+                over = time.monotonic() >= deadline or self.done.is_set()
                 statistics = self.statistics()
-                if statistics.acknowledged + sum(statistics.dropped.values()) >= target:
-                    return True
+                reached = statistics.acknowledged + sum(statistics.dropped.values()) >= target
+                if reached or over:
+                    return reached
                 self._wake.set()
                 time.sleep(0.01)
         finally:
             with self._counting:
                 self._flushing -= 1
-        return False
 
     def finish(self, goodbye: Callable[[Counted], Goodbye], timeout: float) -> bool:
         """Send what is left, say goodbye, and wait; the last rank waits until the run is closed.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -387,3 +389,138 @@ def test_signs_of_life_carry_the_counts(link: ShakyLink, observer: Observer, mon
     observer.log({"x": 1})
     wait_until(lambda: bool(link.beats) and link.beats[-1].counted.logged == 1)
     assert next(itertools.islice(link.beats, 1)).rank == 0
+
+
+class SlowLink(ShakyLink):
+    """Its connection takes until it is told: a cluster is being started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = threading.Event()
+        self.closed = threading.Event()
+
+    def open(self, hello: Hello) -> Ack:
+        self.up.wait(60)
+        return super().open(hello)
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+def test_what_is_logged_while_a_cluster_starts_goes_to_the_spool_and_arrives_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than the queue takes, before the ranks have even agreed on a run id."""
+    monkeypatch.setattr(channel_module, "CAPACITY", 5_000)
+    monkeypatch.setattr(session_module, "CAPACITY", 5_000)
+    monkeypatch.setattr(channel_module, "UNSENT_BYTES", 50_000)
+    link = SlowLink()
+    link.run_id = None
+    observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), link)
+    for step in range(20_000):
+        observer.log({"x": step}, step)
+        if step % 2_000 == 0:
+            wait_until(lambda: len(observer._queue) < 3_000)
+    wait_until(lambda: observer.statistics().spooled > 5_000)
+    assert observer.statistics().dropped == {}
+    link.run_id = "shaky"
+    link.up.set()
+    assert observer.finish()
+    assert link.steps() == list(range(20_000))
+    assert observer.statistics().acknowledged == 20_000
+    assert not list(tmp_path.rglob("spool-*.log"))
+
+
+def test_an_end_while_a_cluster_starts_is_within_its_time_and_leaves_no_connection(tmp_path: Path) -> None:
+    link = SlowLink()
+    observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), link)
+    observer.log({"x": 1}, 0)
+    began = time.monotonic()
+    assert not observer.finish(timeout=1)
+    assert time.monotonic() - began < 1.5
+    assert observer.statistics().spooled == 1
+    assert not link.closed.is_set()
+    link.up.set()
+    assert link.closed.wait(10)  # by the thread that opened it, since nobody waits any more
+
+
+def test_without_threads_a_rank_spools_what_it_has_logged(
+    link: ShakyLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_more(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+    settings = ObserverSettings(project="p", log_dir=tmp_path, node_interval=1)
+    observer = Observer(settings, Identity(0, 1, 0, 1), link)
+    for step in range(100):
+        observer.log({"x": step}, step)
+    assert not observer.finish(timeout=1)
+    assert observer.statistics().spooled == 100
+    assert "this process can have no more threads" in caplog.text
+
+
+def test_without_descriptors_a_rank_reports_all_the_same(
+    link: ShakyLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_more(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("socket.socketpair", no_more)
+    observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), link)
+    observer.log({"x": 1}, 0)
+    assert observer.finish()
+    assert link.steps() == [0]
+    assert "Too many open files" in caplog.text
+
+
+def test_large_events_are_bounded_by_their_bytes(
+    link: ShakyLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the flusher stands still."""
+    monkeypatch.setattr(channel_module, "LARGE_TOTAL_BYTES", 1_000_000)
+    settings = ObserverSettings(project="p", log_dir=tmp_path)
+    observer = Observer(settings, Identity(0, 1, 0, 1), link)
+    with observer._channel._owned:  # what the flusher holds while it is at work
+        names = {f"a long name {number}": 1.0 for number in range(3000)}
+        for step in range(100):
+            observer.log(names, step)
+        assert sum(len(event) for event in observer._queue if isinstance(event, bytes)) < 1_100_000
+        dropped = observer.statistics().dropped
+    assert 50 < dropped[channel_module.OVERFLOW] < 100
+    assert not observer.finish()
+    statistics = observer.statistics()
+    assert statistics.logged == 100 == statistics.acknowledged + dropped[channel_module.OVERFLOW]
+    assert link.steps()[-1] == 99
+
+
+def test_a_forked_child_waits_for_nothing(link: ShakyLink, observer: Observer) -> None:
+    """Whatever lock the flusher held at the fork; and what the child does is not the parent's."""
+    assert observer.wait_ready(10)
+    observer.log({"x": 1}, 0)
+    assert observer.flush()
+    channel = observer._channel
+    with channel._moving, channel._owned, channel._counting:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            observer._forked()
+            observer.log({"x": 2, "bad": None}, 1)
+            observer.log({"x": 1j}, 2)
+            fine = observer.flush() and observer.finish() and observer.statistics().logged == 0
+            os._exit(0 if fine else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert observer.finish()
+    assert link.steps() == [0]
+
+
+def test_two_threads_may_flush_at_once(link: ShakyLink, observer: Observer) -> None:
+    observer.log({"x": 1}, 0)
+    done: list[bool] = []
+    threads = [threading.Thread(target=lambda: done.append(observer.flush())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert done == [True] * 8
+    assert observer._channel._flushing == 0

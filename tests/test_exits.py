@@ -1,0 +1,55 @@
+"""How a process ends: what speaks against success, and what does not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from tests.conftest import environment
+
+WATCHED = """
+import sys, threading
+from swanlab_ray.observer.exits import ExitWatch
+ExitWatch(lambda verdict: print("verdict:", verdict, flush=True))
+
+def leave(code=3):
+    frame_of_its_own = [1, 2]
+    sys.exit(code)
+
+"""
+CRASHED = "verdict: ('crashed', 'sys.exit(3)')"
+NOTHING = "verdict: None"
+
+
+@pytest.mark.parametrize(
+    ("code", "verdict", "exit_code"),
+    [
+        ("leave()", CRASHED, 3),
+        ("leave(0)", NOTHING, 0),
+        ("leave(None)", NOTHING, 0),
+        ("leave('no data')", """verdict: ('crashed', "sys.exit('no data')")""", 1),
+        ("try: leave()\nfinally: print('clean')", CRASHED, 3),
+        ("try: 1 / 0\nexcept ZeroDivisionError: leave()", CRASHED, 3),
+        ("import contextlib\nwith contextlib.ExitStack() as stack: stack.callback(print, 'x'); leave()", CRASHED, 3),
+        ("try: leave()\nexcept SystemExit: pass", NOTHING, 0),
+        ("try: leave()\nexcept SystemExit as error: kept = error", NOTHING, 0),
+        ("try: leave()\nexcept BaseException as error: cycle = [error]; cycle.append(cycle); del cycle", NOTHING, 0),
+        ("try: leave()\nexcept SystemExit: pass\nleave(4)", "verdict: ('crashed', 'sys.exit(4)')", 4),
+        ("try: leave()\nexcept SystemExit: raise", CRASHED, 3),
+        ("one = threading.Thread(target=leave); one.start(); one.join(); print('joined')", NOTHING, 0),
+        ("1 / 0", "verdict: ('crashed', 'ZeroDivisionError: division by zero", 1),
+    ],
+)
+def test_the_verdict_on_a_process(code: str, verdict: str, exit_code: int) -> None:
+    """``sys.exit`` with a code is a crash where it ends the process: not in a thread, and not where it is caught."""
+    source = WATCHED + textwrap.dedent(code)
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=120, env=environment()
+    )
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith("verdict")]
+    assert said.startswith(verdict)
+    assert done.returncode == exit_code
+    assert "_Exit" not in done.stderr
