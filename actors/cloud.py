@@ -7,36 +7,47 @@ from __future__ import annotations
 import csv
 import math
 import socket
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from swanlab_ray.actors.account import find_account
 from swanlab_ray.actors.completions import TABLE
+from swanlab_ray.actors.limits import fit_config
 from swanlab_ray.actors.protocol import State
-from swanlab_ray.actors.settings import ObserverSettings, tidy_environment
+from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.sink import Row, brief
-from swanlab_ray.actors.tables import Table, as_charts
+from swanlab_ray.actors.tables import as_charts
 
 CHUNK_SCALARS = 10_000
 """Scalars in one request, as SwanLab's own client sends them."""
 EXPORT_KEYS = 16
 """Series in one export, the server's limit."""
+REFUSING = (400, 413, 422)
+"""Answers that blame what is in the request."""
 
 
 class CloudError(Exception):
     """The cloud cannot be used now. The message says why."""
 
-    status: int | None = None
-    """Of its answer, if there was one."""
-
 
 class Refused(CloudError):
-    """The cloud has refused the same request several times for what is in it."""
+    """The cloud, or its client, does not take a request for what is in it."""
 
 
 class NoKey(CloudError):
     """There is no API key on this machine; waiting does not bring one."""
+
+
+class Point(NamedTuple):
+    """A value of a series; ``time_ns`` is its original Unix time in nanoseconds."""
+
+    key: str
+    step: int
+    time_ns: int
+    value: float
 
 
 class CloudExperiment:
@@ -67,7 +78,6 @@ class CloudExperiment:
 
     def _open(self) -> None:
         from google.protobuf.timestamp_pb2 import Timestamp
-        from swanlab import Settings
         from swanlab.proto.swanlab.run.v1.run_pb2 import ResumeMode, StartRecord
         from swanlab.sdk.internal.core_python import client
         from swanlab.sdk.internal.core_python.api.experiment import get_experiment_summary
@@ -78,21 +88,19 @@ class CloudExperiment:
         from swanlab.sdk.internal.pkg import helper
         from swanlab.utils.time import parse_resp_timestamp_s
 
-        tidy_environment()
         ours = self._settings
-        hosts = {"api_host": ours.api_host, "web_host": ours.web_host}
-        key = {"api_key": ours.api_key.get_secret_value()} if ours.api_key else {}
-        resolved = Settings(mode="online", **key, **{name: host for name, host in hosts.items() if host})
-        if not resolved.api_key:
+        account = find_account(ours)
+        if not account.api_key:
             raise NoKey("no API key was provided: set SWANLAB_API_KEY, or run `swanlab login` on this machine")
-        if not _reachable(resolved.api_host):  # SwanLab would say that the key is wrong, after 15 s
-            raise CloudError(f"{resolved.api_host} cannot be reached")
+        if not _reachable(account.api_host):  # SwanLab would say that the key is wrong, after 15 s
+            raise CloudError(f"{account.api_host} cannot be reached")
         if client.exists():
             client.reset()
         try:
-            client.new(resolved.api_key, resolved.api_host, timeout=10)
+            session = client.new(account.api_key, account.api_host, timeout=10)._session
         except Exception as error:
-            raise CloudError(f"{resolved.api_host} did not accept the API key") from error
+            raise CloudError(f"{account.api_host} did not accept the API key") from error
+        session.max_redirects = 0  # it would tell another host who we are
         now = Timestamp()
         now.GetCurrentTime()
         start = StartRecord(
@@ -109,7 +117,7 @@ class CloudExperiment:
         self._place = (made.username, made.project, made.experiment["cuid"])
         self._project_id = made.project_data["cuid"]
         self._created = parse_resp_timestamp_s(made.experiment["createdAt"])
-        self.url = f"{str(resolved.web_host).rstrip('/')}{helper.fmt_run_path(generate_run_online_path(made))}"
+        self.url = f"{str(account.web_host).rstrip('/')}{helper.fmt_run_path(generate_run_online_path(made))}"
         config = CoreConfig(self._run_id, ours.log_dir, 0, CHUNK_SCALARS, 1.5, 0, 0, 0, 0, skip_store=True)
         context = CoreContext(config=config)
         version = made.project_data.get("version")
@@ -163,10 +171,13 @@ class CloudExperiment:
             {"experimentName": "e", "experimentId": self._place[2], "key": key, "createdAt": self._created}
             for key in keys
         ]
+        import requests
+
         export = {"projectId": self._project_id, "columns": columns}
         path = self._client.post("/house/metrics/scalar/export", export, log_error=False).data["cosKey"]
         (url,) = self._client.post("/files/presigned/get", {"paths": [path]}, log_error=False).data["urls"]
-        answer = self._client._get_client()._session.get(url, timeout=60)
+        answer = requests.get(url, timeout=60)  # of a storage that need not know who we are
+        answer.raise_for_status()
         answer.encoding = "utf-8"
         points: dict[str, dict[int, float]] = {key: {} for key in keys}
         for row in list(csv.reader(answer.text.splitlines()))[1:]:
@@ -176,65 +187,61 @@ class CloudExperiment:
                     points[key][int(row[0])] = float(cell)
         return points
 
-    def upload(self, rows: list[Row]) -> None:
-        """Send rows; returns when the server has confirmed all of them."""
-        columns, scalars, new = self._records(rows)
-        self._send("column", columns)
-        self._known |= new
-        self._send("scalar", scalars)
-        for row in rows:
-            if row.table is not None:
-                self._upload_table(row, row.table)
+    def has(self, key: str) -> bool:
+        """Whether the experiment has this series."""
+        return key in self._known
 
-    def _upload_table(self, row: Row, table: Table) -> None:
+    def add_series(self, keys: list[str]) -> None:
+        """Make series that take numbers."""
+        from swanlab.proto.swanlab.metric.column.v1.column_pb2 import ColumnType
+        from swanlab.proto.swanlab.metric.data.v1.data_pb2 import ScalarRecord
+
+        with _building():
+            scalars = [ScalarRecord(key=key, type=ColumnType.COLUMN_TYPE_SCALAR) for key in keys]
+            columns = [self._column(scalar) for scalar in scalars]
+        self._send("column", columns)
+        self._known.update(keys)
+
+    def add_points(self, points: list[Point]) -> None:
+        """Send points of series that are there; returns when the server has confirmed all of them."""
+        with _building():
+            records = [_record(point) for point in points]
+        self._send("scalar", records)
+
+    def add_table(self, row: Row) -> None:
+        """Send the table of a row, as files in the server's storage."""
         from google.protobuf.timestamp_pb2 import Timestamp
         from swanlab.proto.swanlab.record.v1.record_pb2 import Record
-        from swanlab.sdk.internal.core_python.pkg.builder import build_auto_column
         from swanlab.sdk.internal.run.transforms import ECharts
 
-        timestamp = Timestamp()
-        timestamp.FromNanoseconds(row.time_ns)
-        items = [ECharts(chart).transform(step=row.step, path=None) for chart in as_charts(table)]
-        if not items:
-            return
-        media = ECharts.build_data_record(key=TABLE, step=row.step, timestamp=timestamp, data=items)
+        assert row.table is not None
+        with _building():
+            timestamp = Timestamp()
+            timestamp.FromNanoseconds(row.time_ns)
+            items = [ECharts(chart).transform(step=row.step, path=None) for chart in as_charts(row.table)]
+            if not items:
+                return
+            media = ECharts.build_data_record(key=TABLE, step=row.step, timestamp=timestamp, data=items)
+            column = self._column(media)
         if TABLE not in self._known:
-            self._send("column", [Record(column=build_auto_column(self._sender._ctx, media), timestamp=timestamp)])
+            self._send("column", [column])
             self._known.add(TABLE)
         self._send("media", [Record(media=media, timestamp=timestamp)])
 
-    def _records(self, rows: list[Row]) -> tuple[list[Any], list[Any], set[str]]:
-        """SwanLab's records of rows: of series that are new, and of the points; and the names of these series."""
+    def _column(self, data: Any) -> Any:
         from google.protobuf.timestamp_pb2 import Timestamp
-        from swanlab.proto.swanlab.metric.column.v1.column_pb2 import ColumnType
-        from swanlab.proto.swanlab.metric.data.v1.data_pb2 import ScalarRecord
         from swanlab.proto.swanlab.record.v1.record_pb2 import Record
         from swanlab.sdk.internal.core_python.pkg.builder import build_auto_column
 
-        columns: list[Any] = []
-        scalars: list[Any] = []
-        new: set[str] = set()
-        for step, time_ns, values, _ in rows:
-            timestamp = Timestamp()
-            timestamp.FromNanoseconds(time_ns)
-            for key, value in values.items():
-                scalar = ScalarRecord(key=key, step=step, timestamp=timestamp, type=ColumnType.COLUMN_TYPE_SCALAR)
-                scalar.value.number = value
-                scalars.append(Record(scalar=scalar, timestamp=timestamp))
-                if key not in self._known and key not in new:
-                    new.add(key)
-                    columns.append(Record(column=build_auto_column(self._sender._ctx, scalar), timestamp=timestamp))
-        return columns, scalars, new
+        now = Timestamp()
+        now.GetCurrentTime()
+        return Record(column=build_auto_column(self._sender._ctx, data), timestamp=now)
 
     def update_config(self, values: dict[str, Any]) -> None:
         """Add to the configuration that the server shows."""
         from swanlab.sdk.internal.core_python.api.upload import upload_config
-        from swanlab.sdk.internal.run.components.config.parse import parse
 
-        try:
-            merged = self._config | {str(name): parse(value) for name, value in values.items()}
-        except Exception as error:
-            raise Refused(brief(error)) from error
+        merged = self._config | fit_config(values)
         content = {name: {"value": value, "desc": "", "sort": n} for n, (name, value) in enumerate(merged.items())}
         self._call(upload_config, *self._place, content=content)
         self._config = merged
@@ -251,33 +258,69 @@ class CloudExperiment:
         now.GetCurrentTime()
         if error and state != "success" and not self.has_log:
             line = LogRecord(timestamp=now, level=LogLevel.LOG_LEVEL_ERROR, line=error, epoch=1)
-            self._send("log", [Record(log=line, timestamp=now)])
+            with suppress(Refused):  # the state is told all the same
+                self._send("log", [Record(log=line, timestamp=now)])
             self.has_log = True
         states = {"success": RUN_STATE_FINISHED, "crashed": RUN_STATE_CRASHED, "aborted": RUN_STATE_ABORTED}
         self.close()
         self._call(stop_experiment, *self._place, state=states[state], finished_at=now)
 
     def _send(self, kind: str, records: list[Any]) -> None:
-        if records:
-            try:
-                result = self._sender.upload(kind, records)
-            except Exception as error:
-                raise CloudError(brief(error)) from error
-            if result.failures or result.remaining_records:
-                reason = result.failures[0].message if result.failures else "not confirmed"
-                status = result.failures[0].status if result.failures else None
-                problem = CloudError(f"HTTP {status}: {reason}" if status else reason)
-                problem.status = status
-                raise problem
+        if not records:
+            return
+        try:
+            result = self._sender.upload(kind, records)
+        except Exception as error:
+            raise _problem(error) from error
+        if result.failures or result.remaining_records:
+            failure = result.failures[0] if result.failures else None
+            if failure is not None and failure.exception is None:  # its client has not even sent it
+                raise Refused(failure.message)
+            reason = failure.message if failure else "not confirmed"
+            raise _answered(reason, failure.status if failure else None)
 
     @staticmethod
     def _call(function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
         try:
             function(*arguments, **named)
         except Exception as error:
-            problem = CloudError(brief(error))
-            problem.status = getattr(getattr(error, "response", None), "status_code", None)
-            raise problem from error
+            raise _problem(error) from error
+
+
+def _problem(error: Exception) -> CloudError:
+    """What went wrong on the way to the server: the network, or what was to be sent."""
+    from requests import RequestException
+
+    if not isinstance(error, (RequestException, OSError)):
+        return Refused(brief(error))
+    return _answered(brief(error), getattr(getattr(error, "response", None), "status_code", None))
+
+
+def _answered(reason: str, status: int | None) -> CloudError:
+    kind = Refused if status in REFUSING else CloudError
+    return kind(f"HTTP {status}: {reason}" if status and str(status) not in reason else reason)
+
+
+@contextmanager
+def _building() -> Iterator[None]:
+    """What SwanLab's records cannot hold counts as refused."""
+    try:
+        yield
+    except Exception as error:
+        raise Refused(brief(error)) from error
+
+
+def _record(point: Point) -> Any:
+    from google.protobuf.timestamp_pb2 import Timestamp
+    from swanlab.proto.swanlab.metric.column.v1.column_pb2 import ColumnType
+    from swanlab.proto.swanlab.metric.data.v1.data_pb2 import ScalarRecord
+    from swanlab.proto.swanlab.record.v1.record_pb2 import Record
+
+    timestamp = Timestamp()
+    timestamp.FromNanoseconds(point.time_ns)
+    scalar = ScalarRecord(key=point.key, step=point.step, timestamp=timestamp, type=ColumnType.COLUMN_TYPE_SCALAR)
+    scalar.value.number = point.value
+    return Record(scalar=scalar, timestamp=timestamp)
 
 
 def same(one: float | None, other: float) -> bool:

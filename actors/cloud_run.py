@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from swanlab_ray.actors.cloud import CHUNK_SCALARS, CloudError, CloudExperiment, NoKey, Refused, same
+from swanlab_ray.actors.cloud import CHUNK_SCALARS, CloudError, CloudExperiment, NoKey, same
+from swanlab_ray.actors.delivery import Delivery
+from swanlab_ray.actors.limits import Limits
 from swanlab_ray.actors.protocol import State
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.sink import GaveUp, Row, Sink, stderr
@@ -19,9 +21,6 @@ RETRY_S = (1.0, 30.0)
 AWAY_PATIENCE_S = 10.0
 """How long the end of a run waits for a cloud that has been away for :data:`AWAY_S`."""
 AWAY_S = 30.0
-REFUSALS = 3
-"""After so many answers of :data:`REFUSING` a request is taken apart."""
-REFUSING = (400, 413, 422)
 
 
 class CloudRun(Sink):
@@ -51,16 +50,18 @@ class CloudRun(Sink):
         self._place = place
         self._on_delivered = on_delivered
         self._skip = self.delivered = delivered
-        self._chunk = CHUNK_SCALARS
         self._running: dict[str, int] = {}  # highest step of each series that came here
         self._last_table = -1  # highest step of a table that came here
         self._away_since: float | None = None
         self._told = self._no_key = False
-        super().__init__("cloud", notice, on_open)
+        limits = Limits(notice)
+        self._delivery = Delivery(self._experiment, limits, notice)
+        super().__init__("cloud", notice, on_open, limits)
 
     def write(self, step: int, time_ns: int, values: dict[str, float], table: Table | None = None) -> None:
         """Queue a row, unless it was delivered before. Waits where the queue is full."""
         if self._skip:
+            values = self._fit(step, time_ns, values, table).values
             self._skip -= 1
             self.written += len(values)
             if table is not None:
@@ -76,16 +77,13 @@ class CloudRun(Sink):
         self._on_open(self)
 
     def _update_config(self, values: dict[str, Any]) -> None:
-        try:
-            self._until_it_works(lambda: self._experiment.update_config(values))
-        except Refused as error:
-            self.notice(f"The SwanLab cloud does not take this run's configuration ({error}); the journal has it.")
+        self._until_it_works(lambda: self._delivery.config(values))
 
     def _write_some(self) -> None:
         rows: list[Row] = []
         scalars = 0
         for row in self._rows:
-            if rows and (scalars + len(row.values) > self._chunk or row.table is not None):
+            if rows and (scalars + len(row.values) > CHUNK_SCALARS or row.table is not None):
                 break
             rows.append(row)
             scalars += len(row.values)
@@ -93,18 +91,11 @@ class CloudRun(Sink):
                 break
         missing = self._until_it_works(lambda: [row for row in map(self._missing, rows) if row.values or row.table])
         if missing:
-            try:
-                self._until_it_works(lambda: self._experiment.upload(missing))
-            except Refused as error:
-                if len(rows) > 1:  # which of them is it?
-                    self._chunk = max(1, scalars // 2)
-                    return
-                self.withheld += scalars
-                self.completions_lost += sum(len(row.table.rows) for row in rows if row.table is not None)
-                self.written -= scalars
-                self.complete = False
-                self.notice(f"The SwanLab cloud does not take some values ({error}); the journal has them.")
-        self._chunk = CHUNK_SCALARS
+            withheld = self._until_it_works(lambda: self._delivery.deliver(missing))
+            scalars -= withheld.scalars
+            self.withheld += withheld.scalars
+            self.completions_lost += withheld.completions
+            self.complete = self.complete and not any(withheld)
         self.written += scalars
         self.delivered += len(rows)
         self._forget(len(rows))
@@ -152,16 +143,11 @@ class CloudRun(Sink):
 
     def _until_it_works(self, attempt: Callable[[], Any]) -> Any:
         """Try until it works or the end's deadline passes; the user is told once per outage."""
-        pause, refusals = RETRY_S[0], 0
+        pause = RETRY_S[0]
         while True:
             try:
                 result = attempt()
-            except Refused:
-                raise
             except CloudError as error:
-                refusals += error.status in REFUSING
-                if refusals >= REFUSALS:
-                    raise Refused(str(error)) from error
                 self._no_key = isinstance(error, NoKey)
                 self._away(str(error))
                 if self._left() <= 0:

@@ -31,10 +31,16 @@ LOG_DIR_VARIABLES = ("OBSERVER_LOG_DIR", "SWANLAB_LOG_DIR", "SWANLAB_LOGDIR")
 
 
 def tidy_environment() -> None:
-    """Remove variables that SwanLab's client would fail on: its project's name, and whatever is empty."""
+    """Remove variables that SwanLab's client would fail on; only for a process of ours."""
     for name, value in list(os.environ.items()):
-        if name == "SWANLAB_PROJECT" or (name.startswith("SWANLAB_") and not value.strip()):
+        if untidy(name, value):
             del os.environ[name]
+
+
+def untidy(name: str, value: str | None) -> bool:
+    """Whether SwanLab's client would fail on this variable: its project's name, and whatever is empty."""
+    name = name.upper()
+    return name == "SWANLAB_PROJECT" or (name.startswith("SWANLAB_") and not (value or "").strip())
 
 
 class SettingsError(ValueError):

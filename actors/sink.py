@@ -8,11 +8,13 @@ import math
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from swanlab_ray.actors.limits import HIGHEST_STEP, Limits, fit_time
 from swanlab_ray.actors.protocol import State
 from swanlab_ray.actors.tables import Table
 
@@ -44,12 +46,19 @@ class Sink:
         mode: the mode of the run.
         notice: takes a sentence for the user.
         on_open: called once it is known where SwanLab's run is.
+        limits: fits rows to what SwanLab takes.
     """
 
     waits = True
     """A full queue makes :meth:`write` wait (the journal has what comes later); otherwise rows are thinned."""
 
-    def __init__(self, mode: str, notice: Callable[[str], None], on_open: Callable[[Sink], None]) -> None:
+    def __init__(
+        self,
+        mode: str,
+        notice: Callable[[str], None],
+        on_open: Callable[[Sink], None],
+        limits: Limits | None = None,
+    ) -> None:
         self.mode = mode
         self.run_dir: str | None = None
         self.url: str | None = None
@@ -58,19 +67,20 @@ class Sink:
         self.thinned = 0
         """Scalars that it could not take in time."""
         self.withheld = 0
-        """NaN and infinite scalars that its local dashboard cannot bear."""
+        """Scalars that it does not take: for their names or steps, NaN on its local dashboard, steps it has already."""
         self.completions_lost = 0
         """Rows of completion tables that SwanLab did not get."""
         self.complete = True
         """SwanLab has, or can still get, every row."""
         self.closed = threading.Event()
         self.notice = notice
+        self._limits = limits or Limits(notice)
         self._on_open = on_open
         self._rows: deque[Row] = deque()
         self._configs: deque[dict[str, Any]] = deque()
         self._waiting = 0  # weight of _rows
         self._room = threading.Condition()
-        self._failed = False
+        self._failed = self._excused = False
         self._wake = threading.Event()
         self._end: tuple[State, str | None] | None = None
         self._stopped = False
@@ -80,7 +90,7 @@ class Sink:
 
     def write(self, step: int, time_ns: int, values: dict[str, float], table: Table | None = None) -> None:
         """Queue a row. Where the queue is full this waits, or thins."""
-        row = Row(step, time_ns, values, table)
+        row = self._fit(step, time_ns, values, table)
         with self._room:
             while self._waiting > QUEUE_SCALARS and self.waits and not self._failed and self._left() > 0:
                 self._room.wait(min(1.0, self._left()))
@@ -139,6 +149,15 @@ class Sink:
         """Seconds until the deadline of the end."""
         return self._drain_until - time.monotonic()
 
+    def _fit(self, step: int, time_ns: int, values: dict[str, float], table: Table | None) -> Row:
+        """What SwanLab takes of a row; the rest is counted."""
+        fitted = self._limits.fit(step, values)
+        self.withheld += len(values) - len(fitted)
+        if table is not None and step > HIGHEST_STEP:
+            self.completions_lost += len(table.rows)
+            table = None
+        return Row(step, fit_time(time_ns), fitted, table)
+
     def _forget(self, rows: int) -> None:
         """The oldest rows are dealt with."""
         with self._room:
@@ -176,13 +195,39 @@ class Sink:
 
     def _write_queued(self) -> None:
         while self._configs:
-            self._update_config(self._configs[0])
+            try:
+                self._update_config(self._configs[0])
+            except (GaveUp, Stopped):
+                raise
+            except Exception as error:
+                self._excuse("the run's configuration", error)
             self._configs.popleft()
         while self._rows:
             if self._left() <= 0:
                 self.complete = False
                 return
-            self._write_some()
+            row = self._rows[0]
+            try:
+                self._write_some()
+            except (GaveUp, Stopped):
+                raise
+            except Exception as error:  # of this row alone, as far as anybody knows
+                self._excuse(f"what was logged at step {row.step}", error)
+                if self._rows and self._rows[0] is row:
+                    self._withhold(row)
+                    self._forget(1)
+
+    def _excuse(self, what: str, error: Exception) -> None:
+        self.complete = False
+        stderr("".join(traceback.format_exception(error)))
+        if not self._excused:
+            self._excused = True
+            self.notice(f"SwanLab did not take {what} ({brief(error)}); the journal has it, the rest goes on.")
+
+    def _withhold(self, row: Row) -> None:
+        """Count a row that SwanLab does not take."""
+        self.withheld += len(row.values)
+        self.completions_lost += len(row.table.rows) if row.table is not None else 0
 
     def _fail(self) -> None:
         with self._room:
@@ -191,6 +236,10 @@ class Sink:
             while self._rows:
                 self._lose(self._rows.popleft())
             self._room.notify_all()
+
+
+class Stopped(Exception):
+    """SwanLab takes nothing more in this process."""
 
 
 class GaveUp(Exception):

@@ -263,7 +263,13 @@ def verify_journals(paths: tuple[Path, ...]) -> None:
 @_paths
 @click.option("--project", callback=_not_empty, help="SwanLab project.  [default: the run's]")
 @click.option("--workspace", callback=_not_empty, help="SwanLab workspace.  [default: the run's]")
-def sync(paths: tuple[Path, ...], project: str | None, workspace: str | None) -> None:
+@click.option(
+    "--host",
+    metavar="URL",
+    callback=_not_empty,
+    help="SwanLab cloud that gets the runs, and the key.  [default: the one your key was given for]",
+)
+def sync(paths: tuple[Path, ...], project: str | None, workspace: str | None, host: str | None) -> None:
     """Upload the runs at or under each PATH to SwanLab's cloud, each into one experiment, with its spools.
 
     A PATH is a log directory, a run's directory in it (swanlog/observer/RUN), or a single file. What is there already
@@ -273,7 +279,8 @@ def sync(paths: tuple[Path, ...], project: str | None, workspace: str | None) ->
 
     from swanlab_ray.observer import upload as uploads
 
-    chosen = {name: value for name, value in {"project": project, "workspace": workspace}.items() if value}
+    given = {"project": project, "workspace": workspace, "api_host": host}
+    chosen = {name: value for name, value in given.items() if value}
     console = Console(highlight=False, stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]} scalars"))
     progress = Progress(*columns, TimeElapsedColumn(), console=console)
@@ -286,9 +293,13 @@ def sync(paths: tuple[Path, ...], project: str | None, workspace: str | None) ->
         click.echo(
             f"run {run.run_id}: {run.uploaded} scalars"
             + (f" and {run.tables} tables" if run.tables else "")
-            + f" uploaded, {run.present} were there; {run.url}"
+            + f" uploaded, {run.present} were there"
+            + (f", {run.withheld} withheld" if run.withheld else "")
+            + f"; {run.url}"
             + ("; a writer is still at work on it" if run.in_progress else "")
         )
+        for notice in run.notices:
+            click.echo(f"  {notice}")
         if run.damaged:
             places = "one place" if run.damaged == 1 else f"{run.damaged} places"
             click.echo(f"  {places} could not be read: swanlab-ray verify tells what is missing")

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from swanlab_ray.actors.account import find_account, same_host
 from swanlab_ray.actors.cloud import CHUNK_SCALARS, CloudError, CloudExperiment, same
+from swanlab_ray.actors.delivery import Delivery
 from swanlab_ray.actors.history import Damaged, RunFiles, ending, find_runs, merged, summarise
+from swanlab_ray.actors.limits import HIGHEST_STEP, Limits, fit_time
 from swanlab_ray.actors.reduction import Reduction
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
 from swanlab_ray.actors.sink import Row
 from swanlab_ray.actors.supersession import supersession
-from swanlab_ray.actors.tables import Table
+from swanlab_ray.actors.tables import Table, safe
 
+OF_THE_RUN = (
+    "project",
+    "workspace",
+    "experiment_name",
+    "description",
+    "rank_series",
+    "completion_log_interval",
+    "completion_max_buffer",
+    "completion_max_chars",
+)
+"""Settings of a journal that an upload goes by."""
 UNENDED = "the run has no end: its writer was killed, and nobody took over"
 
 
@@ -31,6 +44,10 @@ class Synced:
     """Tables of completions that were uploaded."""
     damaged: int
     """Places in the files that could not be read; ``swanlab-ray verify`` tells more."""
+    withheld: int
+    """Scalars that SwanLab does not take."""
+    notices: tuple[str, ...]
+    """What it does not take, a sentence for each name."""
     in_progress: bool
     """A writer is at work on the run, so its end was left to that."""
 
@@ -44,7 +61,8 @@ def sync(*paths: str | Path, progress: Callable[[int, int], None] | None = None,
         paths: log directories, run directories, or files; those of one run are put together by its run id.
         progress: called with the scalars that are done, and the events of the run.
         settings: fields of :class:`ObserverSettings` to use instead of those the run was made with, such as
-            ``project``, ``workspace`` or ``api_key``.
+            ``project``, ``workspace``, ``api_key`` or ``api_host``. The key goes to this host, that of the environment,
+            that of ``swanlab login``, or SwanLab's own; never to one that only a journal names.
 
     Raises:
         FileNotFoundError: a path does not exist, or there is no journal under it.
@@ -59,15 +77,7 @@ def sync(*paths: str | Path, progress: Callable[[int, int], None] | None = None,
 
 def _sync_run(run: RunFiles, progress: Callable[[int, int], None] | None, overrides: dict[str, object]) -> Synced:
     summary = summarise(run.paths)
-    left_out = {"mode", "log_dir", "run_id"}
-    if any(os.environ.get(name) for name in ("SWANLAB_API_HOST", "SWANLAB_WEB_HOST")):
-        left_out |= {"api_host", "web_host"}  # the key of the environment is for these
-    known = {name: value for name, value in run.header.settings.items() if name not in left_out}
-    settings = ObserverSettings(**(known | overrides | {"mode": "cloud", "log_dir": run.paths[0].parent}))
-    if not settings.project:
-        raise SettingsError(
-            f"The project of run '{run.run_id}' cannot be read from its journal: name it with --project."
-        )
+    settings = _settings(run, overrides)
     experiment = CloudExperiment(settings, run.run_id)
     experiment.open()
     upload = _Upload(experiment, lambda done: progress(done, summary.events) if progress else None)
@@ -88,7 +98,39 @@ def _sync_run(run: RunFiles, progress: Callable[[int, int], None] | None, overri
         damaged += reduction.unread
     finally:
         experiment.close()
-    return Synced(run.run_id, experiment.url, upload.uploaded, upload.present, upload.tables, damaged, in_progress)
+    return Synced(
+        run.run_id,
+        experiment.url,
+        upload.uploaded,
+        upload.present,
+        upload.tables,
+        damaged,
+        upload.withheld,
+        tuple(upload.notices),
+        in_progress,
+    )
+
+
+def _settings(run: RunFiles, overrides: dict[str, object]) -> ObserverSettings:
+    """The run's settings, as far as they say what is uploaded. Its journal may come from anywhere, so where it goes and
+    with which key is said by the caller and this machine.
+    """
+    known = {name: value for name, value in run.header.settings.items() if name in OF_THE_RUN}
+    ours: dict[str, object] = {"mode": "cloud", "log_dir": run.paths[0].parent, "run_id": None}
+    settings = ObserverSettings(**(known | overrides | ours))
+    if not settings.project:
+        raise SettingsError(
+            f"The project of run '{run.run_id}' cannot be read from its journal: name it with --project."
+        )
+    before = run.header.settings.get("api_host") or run.header.settings.get("web_host")
+    if before and settings.api_host is None and settings.web_host is None:
+        here = find_account(settings).api_host
+        if not same_host(str(before), here):
+            raise SettingsError(
+                f"Run '{run.run_id}' was in the cloud at {safe(str(before))!r:.200}, and the API key of this machine "
+                f"is for {here}: say with --host which of them gets the run, and the key."
+            )
+    return settings
 
 
 class _Upload:
@@ -96,6 +138,8 @@ class _Upload:
 
     def __init__(self, experiment: CloudExperiment, progress: Callable[[int], None]) -> None:
         self._experiment = experiment
+        self._limits = Limits(self._tell)
+        self._delivery = Delivery(experiment, self._limits, self._tell)
         self._progress = progress
         self._rows: list[Row] = []
         self._scalars = 0
@@ -104,12 +148,19 @@ class _Upload:
         self.uploaded = 0
         self.present = 0
         self.tables = 0
+        self.withheld = 0
+        self.notices: list[str] = []
+
+    def _tell(self, sentence: str) -> None:
+        self.notices.append(sentence)
 
     def config(self, values: dict[str, object]) -> None:
         self._config |= values
 
     def write(self, step: int, time_ns: int, values: dict[str, float], table: Table | None = None) -> None:
-        row = Row(step, time_ns, values, table)
+        fitted = self._limits.fit(step, values)
+        self.withheld += len(values) - len(fitted)
+        row = Row(step, fit_time(time_ns), fitted, table if step <= HIGHEST_STEP else None)
         self._rows.append(row)
         self._scalars += row.weight
         if self._scalars >= CHUNK_SCALARS:
@@ -118,7 +169,7 @@ class _Upload:
     def flush(self) -> None:
         self._send()
         if self._config:
-            self._experiment.update_config(dict(self._config))
+            self._delivery.config(dict(self._config))
 
     def _send(self) -> None:
         known = self._known(sorted({key for row in self._rows for key in row.values}))
@@ -132,7 +183,9 @@ class _Upload:
                 self.uploaded += len(needed)
             self.present += len(values) - len(needed)
         if missing:
-            self._experiment.upload(missing)
+            withheld = self._delivery.deliver(missing).scalars
+            self.withheld += withheld
+            self.uploaded -= withheld
         self._rows, self._scalars = [], 0
         self._progress(self.uploaded + self.present)
 

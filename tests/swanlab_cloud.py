@@ -67,6 +67,10 @@ class SwanLabCloud(StandIn):
         self.requests: list[str] = []
         self.faults: list[Fault] = []
         self.files: dict[str, bytes] = {}
+        self.dislikes: Callable[[str, int], bool] = lambda key, step: False
+        """Further names and points that it refuses."""
+        self.redirect: str | None = None
+        """Another address, where it sends everybody."""
         self._lock = threading.Lock()
 
     @property
@@ -173,6 +177,9 @@ class SwanLabCloud(StandIn):
         return 200, {}
 
     def _series(self, body: Any, headers: Any, project: str) -> tuple[int, Any]:
+        for column in body["series"]:
+            if self.refuses(column["key"]):
+                return 422, {"code": "422", "message": "invalid key"}
         for experiment in self.experiments.values():
             if experiment.project == project:
                 experiment.columns.update(column["key"] for column in body["series"])
@@ -180,6 +187,8 @@ class SwanLabCloud(StandIn):
 
     def _metrics(self, body: Any, headers: Any) -> tuple[int, Any]:
         experiment = self.experiments[body["experimentId"]]
+        if body["type"] != "log" and any(self.refuses(metric["key"], metric["index"]) for metric in body["metrics"]):
+            return 422, {"code": "422", "message": "invalid metric"}
         for metric in body["metrics"]:
             if body["type"] == "log":
                 experiment.logs.append(metric)
@@ -191,6 +200,11 @@ class SwanLabCloud(StandIn):
             points[metric["index"]] = metric["data"]
             experiment.times.setdefault(metric["key"], {})[metric["index"]] = metric["create_time"]
         return 201, {}
+
+    def refuses(self, key: str, step: int = 0) -> bool:
+        """Whether a series cannot have this name, or no point this step: by SwanLab's own rules and a test's."""
+        valid = 0 < len(key) <= 512 and key == key.strip() and key[0] not in "./" and key[-1] not in "./"
+        return not valid or re.search(r"[\x00-\x1f\x7f]", key) is not None or step > 1 << 48 or self.dislikes(key, step)
 
     def _summary(self, body: Any, headers: Any, run: str) -> tuple[int, Any]:
         experiment = self.experiments[run]
@@ -238,6 +252,11 @@ class _Handler(BaseHTTPRequestHandler):
                 cloud.files[path.removeprefix("/_file/")] = raw
                 return self._reply(200, b"")
             return self._reply(200, cloud.files[path.removeprefix("/_file/")])
+        if cloud.redirect:
+            self.send_response(307)
+            self.send_header("Location", cloud.redirect + self.path)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         body = json.loads(raw) if raw else None
         fault = cloud.fault_for(f"{self.command} {path}")
         if fault is not None:

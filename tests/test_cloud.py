@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from swanlab_ray.actors import cloud as cloud_module
 from swanlab_ray.actors import cloud_run, reducer, sink
 from swanlab_ray.actors import writer as writer_module
 from swanlab_ray.actors.cloud import CloudError
@@ -31,6 +33,7 @@ STEPS = 200
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[SwanLabCloud]:
     mortal(monkeypatch, swanlab=True)
     monkeypatch.setattr(cloud_run, "RETRY_S", (0.02, 0.2))
+    monkeypatch.setattr(sink, "FINISH_DEADLINE_S", 20.0)
     with SwanLabCloud() as server:
         for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
@@ -152,24 +155,124 @@ def test_faults_cost_nothing(tmp_path: Path, cloud: SwanLabCloud, fault: Fault) 
     assert status.thinned == 0
 
 
-def test_a_value_that_the_server_refuses_for_good_holds_up_nothing(
-    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = cloud._metrics
-
-    def picky(body: Any, headers: Any) -> tuple[int, Any]:
-        if any(metric["key"] == "rank/1/x" and metric["index"] == 50 for metric in body["metrics"]):
-            return 400, {"code": "400", "message": "not that one"}
-        return real(body, headers)
-
-    monkeypatch.setattr(cloud, "_metrics", picky)
+def test_a_value_that_the_server_refuses_for_good_costs_no_other(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    cloud.dislikes = lambda key, step: (key, step) == ("rank/1/x", 50)
     job = Job(tmp_path)
     job.log(range(STEPS))
     status = job.finish()
-    assert set(cloud.only().points["x"]) == set(range(STEPS)) - {50}
-    assert status.withheld == 8
-    assert any("does not take some values" in notice for notice in status.notices)
+    whole = expected(range(STEPS))
+    whole["rank/1/x"] = {step: value for step, value in whole["rank/1/x"].items() if step != 50}
+    assert cloud.only().points == whole
+    assert (status.written, status.withheld) == (8 * STEPS - 1, 1)
+    assert status.notices == [
+        "The SwanLab cloud does not take some values of 'rank/1/x' (HTTP 422: invalid metric); the journal has them."
+    ]
     assert cloud.only().state == "FINISHED"
+
+
+@pytest.mark.parametrize("of", ["series", "points"])
+def test_a_name_that_the_server_refuses_is_not_sent_again(tmp_path: Path, cloud: SwanLabCloud, of: str) -> None:
+    """It costs a few requests once, nothing later, and nobody is told that the cloud cannot be used."""
+    asked: list[str] = []
+
+    def dislikes(key: str, step: int) -> bool:
+        bad = key.startswith("bad") and (of == "series" or step > 0)
+        asked.extend([key] * bad)
+        return bad
+
+    cloud.dislikes = dislikes
+    job = Job(tmp_path, rank_series=0)
+    for step in range(1, 16):
+        job.observers[0].log_job({"good": step, "bad/one": 1.0, "fine": step, "bad/two": 2.0}, step)
+        for observer in job.observers:
+            assert observer.flush(20)
+        job.delivered(2 * step)
+    requests, first = len(cloud.requests), len(asked)
+    job.observers[0].log_job({"good": 16, "bad/one": 1.0}, 16)
+    job.observers[0].flush(20)
+    job.delivered(2 * 15 + 1)
+    assert (len(cloud.requests), len(asked)) == (requests + 1, first)
+    status = job.finish()
+    assert cloud.only().points == {
+        "good": {step: step for step in range(1, 17)},
+        "fine": {step: step for step in range(1, 16)},
+    }
+    assert (status.written, status.withheld) == (31, 31)
+    assert len(status.notices) == 2
+    assert all("The SwanLab cloud does not take" in notice for notice in status.notices)
+    assert requests < 15 * 2 + 30
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["later", "from the start"])
+def test_a_gateway_that_refuses_everything_for_a_while_marks_no_name(
+    tmp_path: Path, cloud: SwanLabCloud, before: bool
+) -> None:
+    job = Job(tmp_path)
+    if before:
+        job.log(range(10))
+        job.delivered(80)
+    cloud.dislikes = lambda key, step: True
+    job.log(range(10, 20))
+    wait_until(lambda: bool(job.cluster.find().status().notices))
+    cloud.dislikes = lambda key, step: False
+    job.log(range(20, 30))
+    status = job.finish()
+    assert cloud.only().points == expected(range(0 if before else 10, 30))
+    assert status.withheld == 0
+    assert ["cannot be used" in notice for notice in status.notices] == [True]
+
+
+def test_a_part_of_the_configuration_that_the_server_refuses_costs_no_other(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = cloud._profile
+
+    def picky(body: Any, headers: Any, run: str) -> tuple[int, Any]:
+        return (413, {"message": "too large"}) if "b" in body.get("config", {}) else real(body, headers, run)
+
+    monkeypatch.setattr(cloud, "_profile", picky)
+    job = Job(tmp_path)
+    job.observers[0].config({"a": 1, "b": 2, "c": 3, "text": "x" * 100_000, "nan": float("nan")})
+    job.log(range(3))
+    status = job.finish()
+    config = {name: entry["value"] for name, entry in cloud.only().profile["config"].items()}
+    assert (config["a"], config["c"], config["nan"], len(config["text"])) == (1, 3, "nan", 16_384 + 28)
+    assert cloud.only().points == expected(range(3))
+    assert len(status.notices) == 1
+    assert "does not take 'b' of this run's configuration (ApiError: API Request Failed: [413]" in status.notices[0]
+
+
+def test_a_refused_table_costs_no_scalar(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    cloud.dislikes = lambda key, step: key == "rlhf_completions"
+    job = Job(tmp_path)
+    job.log(range(3))
+    job.delivered(24)
+    job.observers[0].log_completions([{"prompt": "p", "completion": "c"}], 2)
+    job.log(range(3, 6))
+    status = job.finish()
+    assert cloud.only().points == expected(range(6))
+    assert ["does not take some completions" in notice for notice in status.notices] == [True]
+
+
+def test_what_its_client_cannot_even_send_costs_no_other(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it raises what nobody has foreseen."""
+    real = cloud_module._record
+
+    def record(point: cloud_module.Point) -> Any:
+        if point.key == "rank/0/x" and point.step % 2:
+            raise KeyError("of another version")
+        return real(point)
+
+    monkeypatch.setattr(cloud_module, "_record", record)
+    job = Job(tmp_path)
+    job.log(range(20))
+    status = job.finish()
+    whole = expected(range(20))
+    whole["rank/0/x"] = {step: value for step, value in whole["rank/0/x"].items() if not step % 2}
+    assert cloud.only().points == whole
+    assert (status.written, status.withheld) == (150, 10)
 
 
 def test_an_outage_from_the_start(tmp_path: Path, cloud: SwanLabCloud) -> None:
@@ -392,6 +495,86 @@ def test_sync_goes_to_the_cloud_of_the_environment(
         sync(tmp_path)
     assert other.only().points == cloud.only().points
     assert len(cloud.requests) == before
+
+
+def test_the_key_never_goes_to_a_host_that_only_a_journal_names(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWANLAB_API_KEY", KEY)
+    monkeypatch.setenv("SWANLAB_API_HOST", cloud.url)
+    job = Job(tmp_path, api_host=cloud.url, web_host=cloud.url, api_key=KEY)
+    job.log(range(3))
+    job.finish()
+    points = cloud.only().points
+    cloud.experiments.clear()
+    before = len(cloud.requests)
+    monkeypatch.delenv("SWANLAB_API_HOST")
+    monkeypatch.delenv("SWANLAB_WEB_HOST")
+    with pytest.raises(SettingsError, match=f"was in the cloud at '{cloud.url}'.* is for https://api.swanlab.cn"):
+        sync(tmp_path)
+    assert len(cloud.requests) == before
+    with SwanLabCloud() as other:
+        assert [run.uploaded for run in sync(tmp_path, api_host=other.url)] == [24]
+        assert other.only().points == points
+    assert len(cloud.requests) == before
+    sync(tmp_path, api_host=cloud.url)
+    assert cloud.only().points == points
+
+
+def test_a_login_s_key_goes_to_the_login_s_host(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(tmp_path / "log", api_host=cloud.url)
+    job.log(range(3))
+    job.finish()
+    for name in ("SWANLAB_API_KEY", "SWANLAB_API_HOST", "SWANLAB_WEB_HOST"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SWANLAB_ROOT", str(tmp_path / "root"))
+    (tmp_path / "root").mkdir()
+    with SwanLabCloud() as other:
+        netrc = tmp_path / "root" / ".netrc"
+        netrc.write_text(f"machine {other.url} login {other.url} password {KEY}\n")
+        with pytest.raises(SettingsError, match=f"is for {other.url}: say with --host"):
+            sync(tmp_path / "log")
+        with pytest.raises(CloudError, match="no API key"):
+            sync(tmp_path / "log", api_host=cloud.url)  # the login was for the other one
+        sync(tmp_path / "log", api_host=other.url)
+        assert len(other.only().points) == 8
+
+
+def test_a_server_that_sends_elsewhere_takes_no_key_along(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A redirection to another host carries neither the key nor the session."""
+    job = Job(tmp_path)
+    job.log(range(3))
+    job.finish()
+    with SwanLabCloud() as other:
+        seen: list[str] = []
+
+        def answer(method: str, path: str, body: Any, headers: Any) -> tuple[int, Any]:
+            seen.append(str(headers))
+            return 200, {"sid": "s", "expiredAt": "2099-01-01T00:00:00.0Z", "userInfo": {"username": "u", "name": "u"}}
+
+        monkeypatch.setattr(other, "answer", answer)
+        cloud.redirect = other.url
+        with pytest.raises(CloudError):
+            sync(tmp_path)
+    assert seen
+    assert not [headers for headers in seen if KEY in headers or "sid=" in headers.lower()]
+
+
+def test_sync_leaves_the_environment_as_it_is(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(tmp_path)
+    job.log(range(3))
+    job.finish()
+    for name, value in {"SWANLAB_MODE": "", "SWANLAB_RUN_ID": " ", "SWANLAB_PROJECT": "p"}.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    sync(tmp_path)
+    assert dict(os.environ) == before
 
 
 def test_sync_of_a_run_whose_head_is_damaged_asks_for_the_project(tmp_path: Path, cloud: SwanLabCloud) -> None:
