@@ -96,6 +96,7 @@ class Health:
         self._ranks: dict[int, _Rank] = {}
         self._pauses: dict[str, float] = {}  # the longest that have ended well, by phase
         self._hang: _Found | None = None
+        self._number = 0
 
     @property
     def asks(self) -> int:
@@ -160,7 +161,8 @@ class Health:
             if any(member.state in ("lost", "crashed") for member in members):
                 return None  # of that they were told already, and it is why
             since = now - min(known.idle(now) for known in watched.values())
-            self._hang = hang = _Found(int(unix), since, now, {known.life for known in watched.values()})
+            self._number = max(int(unix), self._number + 1)  # it rises whatever is done to the clock
+            self._hang = hang = _Found(self._number, since, now, {known.life for known in watched.values()})
             for known in self._ranks.values():
                 known.stacks = None
         if hang.told is None:

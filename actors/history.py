@@ -62,7 +62,13 @@ def entries(path: Path, start: int = 0, end: int | None = None) -> Iterator[tupl
         if isinstance(found, framing.Damage):
             yield Damaged(path, found)
             continue
-        entry = unpack(found.payload)
+        try:
+            entry = unpack(found.payload)
+        except UnknownFormat as error:
+            if found.offset == 0:
+                raise UnknownFormat(f"'{path}' cannot be read: {error}") from None
+            yield Damaged(path, framing.Damage(found.offset, found.end, str(error)))
+            continue
         if start == 0 and found.offset == 0 and not isinstance(entry, Header):
             raise UnknownFormat(f"{path} is not a journal of swanlab-ray")
         if entry is not None:
@@ -184,6 +190,8 @@ class Summary:
     """Jobs that this run has had: one that had ended may be gone on with."""
     session_ns: int = 0
     """When the last of them began."""
+    session_lives: set[str] = field(default_factory=set)
+    """That it has had."""
     before_ns: int = 0
     """When the one before it had ended."""
     notified: set[str] = field(default_factory=set)
@@ -288,11 +296,14 @@ def _count(summary: Summary, sequence: Sequence, entry: Entry) -> None:
                     summary.session_ns = entry.time_ns
                     summary.before_ns = summary.finished.time_ns if summary.finished is not None else 0
                     summary.notified.clear()
+                    summary.session_lives.clear()
+                summary.session_lives.add(entry.life)
                 summary.finished = summary.closed = None  # a job that goes on has not ended
             case Ended():
                 summary.lives.setdefault((entry.rank, entry.life), Life()).ended = entry
             case Returned():
                 summary.lives.setdefault((entry.rank, entry.life), Life()).ended = None
+                summary.finished = summary.closed = None  # the run had not ended after all
             case Opened():
                 summary.opened.append(entry)
             case Alert():
@@ -377,7 +388,7 @@ def find_runs(paths: list[Path]) -> list[RunFiles]:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         candidates = [path] if path.is_file() else [*path.rglob("journal-*.log"), *path.rglob("spool-*.log")]
         for candidate in candidates:
-            header = read_header(candidate) or _header_by_name(candidate)
+            header = _header_of(candidate)
             if header is not None:
                 if not is_run_id(header.run_id):  # it is used as a name, and this file may be anybody's
                     header = header.model_copy(update={"run_id": run_id_of(header.run_id)})
@@ -394,6 +405,15 @@ def find_runs(paths: list[Path]) -> list[RunFiles]:
         told = [found[path] for path in (journals or spools) if found[path].settings]
         runs.append(RunFiles(run_id, journals, spools, told[-1] if told else found[order[-1]]))
     return sorted(runs, key=lambda run: run.header.time_ns)
+
+
+def _header_of(path: Path) -> Header | None:
+    """What is known of a file before it is read: also of one that will be refused then, which costs no other."""
+    try:
+        header = read_header(path) if path.is_file() else None  # nobody waits for the other end of a pipe
+    except UnknownFormat:
+        header = None
+    return header or _header_by_name(path)
 
 
 def read_header(path: Path) -> Header | None:

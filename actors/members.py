@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
 
-from swanlab_ray.actors.history import KILLED, TERMINATED
+from swanlab_ray.actors.clocks import Skew
+from swanlab_ray.actors.history import KILLED, TERMINATED, Life, ledger
 from swanlab_ray.actors.protocol import Counted, Doing, Hello, RankStatus, State
 from swanlab_ray.actors.records import Arrived, Counts, Ended
 from swanlab_ray.actors.views import RankView
@@ -34,19 +36,20 @@ class Member:
     """The account of its earlier lives."""
     restored: bool = False
     """Known from the journal only."""
+    left: bool = False
+    """It has said goodbye."""
+    since: float = 0.0
+    """When this life arrived, monotonic."""
+    skew: Skew = field(default_factory=Skew)
 
     def account(self) -> tuple[int, Counts]:
         """Events in the journal, and what the rank counted, over all its lives."""
-        received, counts = self.earlier
-        dropped = dict(counts.dropped)
-        for reason, number in self.counted.dropped.items():
-            dropped[reason] = dropped.get(reason, 0) + number
-        return received + self.received, Counts(
-            logged=counts.logged + max(self.counted.logged, self.received),
-            spooled=counts.spooled + self.counted.spooled,
-            dropped=dropped,
-            refused=counts.refused + self.counted.refused,
-        )
+        return plus(self.earlier, self.own_account())
+
+    def own_account(self) -> tuple[int, Counts]:
+        """The same of this life."""
+        counts = counts_of(self.counted)
+        return self.received, counts.model_copy(update={"logged": max(counts.logged, self.received)})
 
     def count_killed(self) -> None:
         """Count what the rank had logged, by its last sign of life, and took with it."""
@@ -90,6 +93,20 @@ class Member:
         )
 
 
+def plus(one: tuple[int, Counts], other: tuple[int, Counts]) -> tuple[int, Counts]:
+    """Two accounts in one."""
+    (received, first), (also, second) = one, other
+    dropped = dict(first.dropped)
+    for reason, number in second.dropped.items():
+        dropped[reason] = dropped.get(reason, 0) + number
+    return received + also, Counts(
+        logged=first.logged + second.logged,
+        spooled=first.spooled + second.spooled,
+        dropped=dropped,
+        refused=first.refused + second.refused,
+    )
+
+
 def verdict(members: Mapping[int, Member], world_size: int) -> tuple[State, str | None]:
     """Success only if every rank finished; else the first failure is the cause. A rank that was told to end is no cause
     where another has failed."""
@@ -105,11 +122,19 @@ def verdict(members: Mapping[int, Member], world_size: int) -> tuple[State, str 
             return "crashed", f"{where} was lost: {first.error}" + (f"; then lost: rank {also}" if also else "")
         state: State = "aborted" if first.state == "aborted" else "crashed"
         return state, f"{where}: {first.error or first.state}"
+    if set(members) == {0}:
+        return "success", None  # a script that connects on rank 0 only
+    absent = never_reported(members, world_size) if members else "no rank ever reported"
+    return ("crashed", absent) if absent else ("success", None)
+
+
+def never_reported(members: Mapping[int, Member], world_size: int) -> str | None:
+    """Which ranks no hello came from, in words; None where all have said one."""
     absent = sorted(set(range(world_size)) - set(members))
-    if absent or not members:
-        names = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
-        return "crashed", f"of {world_size} ranks, {len(absent)} never reported (rank {names})"
-    return "success", None
+    if not absent:
+        return None
+    names = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
+    return f"of {world_size} ranks, {len(absent)} never reported (rank {names})"
 
 
 def counts_of(counted: Counted) -> Counts:
@@ -122,9 +147,10 @@ def counted_of(counts: Counts) -> Counted:
     return Counted(**counts.model_dump())
 
 
-def arrived(hello: Hello) -> Arrived:
-    """The journal's record of a rank's first hello."""
+def arrived(hello: Hello, time_ns: int | None = None) -> Arrived:
+    """The journal's record of a rank's first hello, which came at ``time_ns``; by default now."""
     return Arrived(
+        time_ns=time_ns or time.time_ns(),
         rank=hello.rank,
         world_size=hello.world_size,
         life=hello.life,
@@ -134,6 +160,9 @@ def arrived(hello: Hello) -> Arrived:
         pid_namespace=hello.pid_namespace,
         gpu=hello.gpu,
         restarts=hello.restarts,
+        attempt=hello.attempt,
+        nonce=hello.nonce,
+        version=hello.version,
     )
 
 
@@ -150,4 +179,20 @@ def hello_of(arrived: Arrived) -> Hello:
         life=arrived.life,
         next_seq=0,
         restarts=arrived.restarts,
+        attempt=arrived.attempt,
+        nonce=arrived.nonce,
+        version=arrived.version,
     )
+
+
+def restored(lives: list[Life], arrived: Arrived, view: RankView, now: float) -> Member:
+    """A rank as the journal knows it, from all its lives and the hello of the last one; ``now`` is monotonic."""
+    last = lives[-1]
+    counts = last.ended.counts if last.ended else Counts()
+    rank = Member(hello_of(arrived), now, view, last.next_seq, last.next_seq, last.events, since=now, restored=True)
+    rank.counted = counted_of(counts)
+    rank.earlier = ledger(lives[:-1])
+    rank.view.outcome = last.outcome()
+    if last.ended is not None:
+        rank.state, rank.error, rank.ended_ns = last.ended.state, last.ended.error, last.ended.ended_ns
+    return rank

@@ -22,7 +22,8 @@ STRAGGLER_S = 60.0
 
 RESTARTED = "The training was started again,"
 MOVES_AGAIN = "Ranks make steps again"
-_TOLD_OTHERWISE = ("Lark ", "A notification ", "Alert: ", "The journal is written again.", HANGS)
+ONLY_RANK_0 = "Only rank 0 has reported"
+_TOLD_OTHERWISE = ("Lark ", "A notification ", "Alert: ", "The journal is written again.", HANGS, ONLY_RANK_0)
 """How notices begin that are no notification of their own."""
 
 _ENDS = {

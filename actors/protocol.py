@@ -216,6 +216,13 @@ class Ack(msgspec.Struct, frozen=True, array_like=True):
     """The rank is asked for its :class:`Stacks`, once for each number; 0: it is not."""
 
 
+class Declined(msgspec.Struct, frozen=True):
+    """The answer to the hello of a process that may not report now: it keeps what it logs, and asks again."""
+
+    sentence: str
+    """Why, for its user; empty while that is not sure."""
+
+
 class Counted(msgspec.Struct, frozen=True, array_like=True):
     """What a rank has counted, in events."""
 

@@ -72,6 +72,9 @@ class Arrived(_Control):
     pid_namespace: str
     gpu: str | None = None
     restarts: int = 0
+    attempt: int = 0
+    nonce: str = ""
+    version: str = ""
 
 
 class Counts(BaseModel):
@@ -209,7 +212,7 @@ def unpack(payload: bytes) -> Entry | None:
     """
     if payload[:1] == _BATCH and len(payload) >= _HEAD.size:
         _, life, rank, seq, received_ns, events = _HEAD.unpack_from(payload)
-        return Batch(rank, life.rstrip(b"\0").decode(), seq, received_ns, events, payload[_HEAD.size :])
+        return Batch(rank, life.rstrip(b"\0").decode(errors="replace"), seq, received_ns, events, payload[_HEAD.size :])
     if payload[:1] != _CONTROL:
         return None
     try:

@@ -34,7 +34,9 @@ class RankView:
     step_time: float | None = None
     outcome: Outcome | None = None
     notices: list[str] = field(default_factory=list)
-    """Sentences for the user of this rank, not delivered yet."""
+    """Sentences for the user of this rank that were not sent to it yet."""
+    told: list[str] = field(default_factory=list)
+    """Those that were: an answer may be lost, so it hears them again with the answer to its goodbye."""
 
 
 class Views:

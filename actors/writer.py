@@ -4,8 +4,8 @@ there, what is acknowledged, how it ends.
 What arrives goes to the journal; once it is on disk it is acknowledged, looked at (:mod:`swanlab_ray.actors.views`) and
 carried into SwanLab (:mod:`swanlab_ray.actors.reducer`). A writer that is restarted finds the journal by the run id.
 
-Ranks reach it through :func:`get_or_create`. What arrives stays in order (one thread, group ``io``); signs of life and
-questions are answered beside it (group ``query``), so a full batch never delays them.
+Ranks reach it through :func:`swanlab_ray.actors.handle.get_or_create`. What arrives stays in order (one thread, group
+``io``); signs of life and questions are answered beside it (group ``query``), so a full batch never delays them.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ import socket
 import threading
 import time
 import traceback
-from typing import Any
+from contextlib import suppress
 
 import ray
 
+from swanlab_ray.actors.clocks import Timeline
 from swanlab_ray.actors.cloud_run import CloudRun
+from swanlab_ray.actors.differences import Differences
 from swanlab_ray.actors.health import Health, why_silent
-from swanlab_ray.actors.history import KILLED, Follower, Life, Summary, ledger, summarise
+from swanlab_ray.actors.history import KILLED, Follower, Summary, summarise
 from swanlab_ray.actors.journal import Journal, Position, journal_files, run_directory
-from swanlab_ray.actors.locks import hold_lock, pid_namespace
+from swanlab_ray.actors.locks import hold_lock
 from swanlab_ray.actors.mailbox import open_mailbox
-from swanlab_ray.actors.members import Member, arrived, counted_of, hello_of, verdict
-from swanlab_ray.actors.notifications import MOVES_AGAIN, RESTARTED, Notifications
+from swanlab_ray.actors.members import Member, arrived, never_reported, plus, restored, verdict
+from swanlab_ray.actors.newcomers import Newcomers, odd_world
+from swanlab_ray.actors.notifications import MOVES_AGAIN, ONLY_RANK_0, RESTARTED, Notifications
+from swanlab_ray.actors.processes import Processes
 from swanlab_ray.actors.protocol import (
-    ACTOR_PREFIX,
     BEAT_S,
-    NAMESPACE,
     Ack,
     Beat,
+    Declined,
     Event,
     Farewell,
     Goodbye,
@@ -58,6 +61,8 @@ from swanlab_ray.actors.records import (
     UnknownFormat,
 )
 from swanlab_ray.actors.reducer import Reducer
+from swanlab_ray.actors.restarts import Restarts
+from swanlab_ray.actors.sessions import Sessions
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.sink import FINISH_DEADLINE_S, Sink, stderr
 from swanlab_ray.actors.status import duration, standstill, status_line
@@ -87,14 +92,12 @@ DESTINATION = (
     "completion_max_buffer",
 )
 """Settings that decide which rows go to which experiment."""
-SMALL_BACKLOG_BYTES = 1 << 20
-SETTLE_S = 1.0
+SETTLE_S = 10.0
+"""How long the answer to a goodbye waits until what its rank has sent was looked at, so that it hears of refusals."""
 DURABLE_S = 2.0
 """How long the answer to a goodbye waits until that is on disk."""
 FAILED_RANK_GRACE_S = 15.0
 """Once one rank has failed, silence this long means that its peers went with it."""
-RESTART_S = 90.0
-"""How long a run waits for ranks that its launcher starts again after a failure."""
 CLOSE_DEADLINE_S = FINISH_DEADLINE_S + 15.0
 """How long the actor stays at the most to work off what was acknowledged and to close the run."""
 JOURNAL_DEADLINE_S = 10.0
@@ -133,21 +136,20 @@ class Writer:
         self._notices: list[str] = []
         self._told = 0  # of the run's notices, how many rank 0 has seen
         self._end: tuple[State, str | None] | None = None
-        self._over: Finished | None = None
-        """How the run had ended when this writer found it."""
         self._before_ns = 0  # when the run's job before this one had ended
-        self._past: dict[int, tuple[int, Counts]] = {}  # accounts of ranks of sessions that are over
-        self._past_lives: set[str] = set()
-        self._fenced = False
+        self._sessions = Sessions()
+        self._replaced: dict[str, Member | None] = {}  # lives in whose place others have come
+        self._fenced = self._declined = False
         self._closed = threading.Event()
         self._born = time.monotonic()
         self._last_batch = self._last_tick = self._born
-        self._pid_namespace = pid_namespace()
+        self._processes = Processes()
         self._views = Views(self._forward, self._take_stacks)
-        self._health = Health(settings.hang_timeout, self._process_state)
-        self._restarts = 0
-        self._restarted: set[int] = set()  # ranks that were started again since that was told
-        self._awaited: set[int] = set()  # ranks that were not started again yet, since then
+        self._health = Health(settings.hang_timeout, self._processes.state)
+        self._restarts = Restarts()
+        self._newcomers = Newcomers(run_id, settings, self._processes.gone)
+        self._differences = Differences(settings)
+        self._clock = Timeline()
         self._reducer: Reducer | None = None  # opened with the first rank
         self._directory = run_directory(settings.log_dir, run_id)
         self._run_dirs: list[str] = []
@@ -191,18 +193,19 @@ class Writer:
         if not earlier:
             return
         self._begun = Position(0, 0)
+        self._clock = Timeline(summary.last_ns)
         damaged = any(not found.damage.torn for found in summary.damaged)
         if not damaged and self._same_place(summary):
             self._rows = self._rows_noted = summary.rows.get(REDUCTION_VERSION, 0)
         self._run_dirs = [opened.run_dir for opened in summary.opened if opened.run_dir]
         self._world_size = summary.world_size
-        over = summary.finished is not None and summary.closed is not None
-        self._before_ns = summary.before_ns
-        if over and summary.finished is not None:
-            self._before_ns = summary.finished.time_ns
+        self._sessions = Sessions(summary)
+        over = self._sessions.over
+        self._before_ns = over.time_ns if over is not None else summary.before_ns
+        if over is not None:
             self._notifications = Notifications(self._mailbox, self._notice, again=True)
         else:
-            self._restarts = sum(alert.text.startswith(RESTARTED) for alert in summary.alerts)
+            self._restarts.count = sum(alert.text.startswith(RESTARTED) for alert in summary.alerts)
             self._notifications = Notifications(
                 self._mailbox,
                 self._notice,
@@ -211,18 +214,12 @@ class Writer:
                 summary.session_ns / 1e9 or None,  # nobody had said hello yet
                 again=summary.sessions > 1,
             )
-        for number, lives in summary.ranks().items():
-            if over:
-                self._past[number] = ledger(lives)
-                self._past_lives |= {
-                    life.ended.life for life in lives if life.ended is not None and life.ended.state != "lost"
-                }
-            else:
-                self._restore(number, lives)
+        if over is None:
+            self._restore()
         if damaged:
             self._notice(f"The journal of this run is damaged; see: swanlab-ray verify {self._directory}")
-        if over:
-            self._over = summary.finished  # unless a rank comes: a training that goes on
+        if over is not None:
+            pass  # unless a rank comes: a training that goes on
         elif summary.finished is not None:
             self._end = (summary.finished.state, summary.finished.error)
             self._open_reducer(summary.finished)
@@ -242,25 +239,12 @@ class Writer:
         files = journal_files(self._directory)
         return summarise([files[epoch] for epoch in self._journal.earlier if epoch in files])
 
-    def _restore(self, number: int, lives: list[Life]) -> None:
-        last = lives[-1]
-        if last.arrived is None:
-            return  # damage took its hello; it says hello again if it lives
-        counts = last.ended.counts if last.ended else Counts()
-        rank = Member(
-            hello_of(last.arrived),
-            time.monotonic(),
-            self._views.restart_rank(number, last.arrived.life),
-            restored=True,
-        )
-        rank.next_seq = rank.durable = last.next_seq
-        rank.received = last.events
-        rank.counted = counted_of(counts)
-        rank.earlier = ledger(lives[:-1])
-        rank.view.outcome = last.outcome()
-        if last.ended is not None:
-            rank.state, rank.error, rank.ended_ns = last.ended.state, last.ended.error, last.ended.ended_ns
-        self._ranks[number] = rank
+    def _restore(self) -> None:
+        """The ranks of the last job are members again, those whose hello no damage took."""
+        for number, lives in self._sessions.present.items():
+            if lives[-1].arrived is not None:
+                view = self._views.restart_rank(number, lives[-1].arrived.life)
+                self._ranks[number] = restored(lives, lives[-1].arrived, view, time.monotonic())
 
     def _open_reducer(self, finished: Finished | None = None) -> None:
         self._reducer = Reducer(
@@ -310,7 +294,9 @@ class Writer:
                 self._committed = position
                 if isinstance(entry, Batch):
                     rank = self._ranks.get(entry.rank)
-                    if rank is not None and rank.hello.life == entry.life:
+                    if rank is None or rank.hello.life != entry.life:
+                        rank = self._replaced.get(entry.life)
+                    if rank is not None:
                         rank.durable = entry.seq + 1
                         rank.received += entry.events
             # In order with a reducer that is being opened: it begins with what is committed by then.
@@ -342,7 +328,7 @@ class Writer:
     # What ranks call, in order.
 
     @ray.method(concurrency_group="io")
-    def hello(self, hello: Hello) -> Ack:
+    def hello(self, hello: Hello) -> Ack | Declined:
         """A rank arrives, or comes back after a broken connection.
 
         Raises:
@@ -351,81 +337,85 @@ class Writer:
         """
         with self._lock:
             self._check_open()
-            if self._over is not None and hello.life in self._past_lives:
-                self._end = self._over.state, self._over.error  # nobody needs this writer
-                raise RunEnded(self._run_id)  # the rank was there, and missed the answer to its goodbye
-            if self._reducer is None:
-                self._open_reducer()
+            if self._sessions.over is not None and not self._ranks:
+                self._look_back(hello, self._sessions.over)
+            now = time.monotonic()
             known = self._ranks.get(hello.rank)
             if known is None or known.hello.life != hello.life:
+                declined = self._newcomers.decline(hello, self._ranks, hello.life in self._replaced, now)
+                if declined is not None:
+                    self._note_declined(hello, declined)
+                    return declined
                 known = self._arrive(hello, known)
             elif known.state != "running":
                 self._come_back(known)
-            known.hello, known.heard, known.restored = hello, time.monotonic(), False
+            known.hello, known.heard, known.restored, known.left = hello, now, False, False
+            known.skew.heard(hello.sent_ns, self._clock.now_ns())
+            if self._reducer is None:
+                self._open_reducer()
             if hello.next_seq > known.next_seq:
                 self._close_gap(hello, known)
             return self._ack(known)
 
+    def _look_back(self, hello: Hello, over: Finished) -> None:
+        """The run had ended: whoever says hello now begins another job of it, or was lost and is heard again."""
+        if self._sessions.has_left(hello.life):
+            self._end = over.state, over.error  # nobody needs this writer
+            raise RunEnded(self._run_id)  # the rank was there, and missed the answer to its goodbye
+        if hello.life in self._sessions.lives():
+            self._sessions.over = None  # it had not ended: all are judged again when this one has
+            self._restore()
+        else:
+            self._replaced |= dict.fromkeys(self._sessions.lives())
+            self._sessions.go_on()
+
+    def _note_declined(self, hello: Hello, declined: Declined) -> None:
+        who = f"{hello.host}, pid {hello.pid}"
+        stderr(f"rank {hello.rank} ({who}) is declined: {declined.sentence or 'its earlier process may still live'}")
+        if declined.sentence and not self._declined:
+            self._declined = True
+            self._notice(
+                f"Another process ({who}) wants to report as rank {hello.rank} of this run, and may not: give each job "
+                "its own OBSERVER_RUN_ID, or check RANK and WORLD_SIZE."
+            )
+
     def _arrive(self, hello: Hello, earlier: Member | None) -> Member:
-        self._awaited.discard(hello.rank)
-        rank = Member(hello, time.monotonic(), self._views.restart_rank(hello.rank, hello.life))
-        rank.earlier = self._past.get(hello.rank, (0, Counts()))
-        restarted = False
+        self._restarts.awaited.discard(hello.rank)
+        view = self._views.restart_rank(hello.rank, hello.life)
+        before = self._replaced.pop(hello.life, None)
+        rank = before or Member(hello, 0.0, view)
+        rank.since, rank.view = time.monotonic(), view
+        if before is None:
+            rank.earlier = self._sessions.accounts.get(hello.rank, (0, Counts()))
         if earlier is not None:
-            restarted = earlier.state != "running" or earlier.restored or self._alive(earlier) is False
-            if restarted:
-                self._note_restart(earlier)
-            else:
-                self._notice(
-                    f"Rank {hello.rank} said hello twice, from {earlier.hello.host} (pid {earlier.hello.pid}) and from "
-                    f"{hello.host} (pid {hello.pid}): if these are two jobs, give each its own OBSERVER_RUN_ID."
-                )
-            if earlier.state == "running":
-                earlier.state, earlier.error, earlier.ended_ns = "lost", "it was started again", time.time_ns()
-                earlier.count_killed()
-                self._note_end(earlier)
-            rank.earlier = earlier.account()
-        if hello.world_size != self._world_size:
-            others = [
-                r
-                for r in self._ranks.values()
-                if r.state == "running" and not r.restored and r.hello.world_size != hello.world_size
-            ]
-            if others and not restarted:
-                sentence = (
-                    f"Rank {hello.rank} says the world size is {hello.world_size}, but the run began with "
-                    f"{self._world_size}: check RANK and WORLD_SIZE, or give each job its own OBSERVER_RUN_ID."
-                )
-                rank.view.notices.append(sentence)
+            sentence = self._restarts.note(earlier, self._ranks)
+            if sentence is not None:
                 self._notice(sentence)
-            alone = restarted or not others
+            self._replace(earlier, "it was started again")
+            rank.earlier = plus(before.earlier, earlier.own_account()) if before else earlier.account()
+        if hello.world_size != self._world_size:
+            others = [r for r in self._ranks.values() if r.state == "running" and not r.restored]
+            alone = earlier is not None or all(r.hello.world_size == hello.world_size for r in others)
             self._world_size = hello.world_size if alone else max(self._world_size, hello.world_size)
-            # Ranks of a larger world that an earlier session had.
-            self._ranks = {
-                n: r
-                for n, r in self._ranks.items()
-                if n < self._world_size or (r.state == "running" and not r.restored and not alone)
-            }
+            for number in [n for n in self._ranks if n >= self._world_size]:  # of a larger world that is gone
+                self._replace(self._ranks.pop(number), f"the job goes on with {self._world_size} ranks")
         self._ranks[hello.rank] = rank
-        self._journal.append(arrived(hello))
+        self._journal.append(arrived(hello, self._clock.now_ns()))
+        if before is not None:
+            self._come_back(rank)
+        for sentence in self._differences.look(hello):
+            rank.view.notices.append(sentence)
+            stderr(sentence)
         stderr(f"rank {hello.rank} of {hello.world_size}: {hello.host}, pid {hello.pid}, {hello.gpu or 'CPU'}")
         return rank
 
-    def _note_restart(self, earlier: Member) -> None:
-        """Tell that the launcher has started the job again, once for all of its ranks."""
-        if earlier.state == "success":
-            return
-        number = earlier.hello.rank
-        if self._restarted and number not in self._restarted:
-            self._restarted.add(number)
-            return
-        self._restarted = {number}
-        self._restarts += 1
-        failed = {n: r for n, r in self._ranks.items() if r.state not in ("running", "success")}
-        self._awaited = {n for n, r in self._ranks.items() if r.state != "success"} - {number}
-        cause = verdict(failed, 0)[1] if failed else "its ranks had ended without a word"
-        times = f" ({self._restarts} times)" if self._restarts > 1 else ""
-        self._notice(f"{RESTARTED} after {(cause or '').splitlines()[0]}{times}")
+    def _replace(self, member: Member, why: str) -> None:
+        """Another process has come in its place, or nobody will."""
+        self._replaced[member.hello.life] = member
+        if member.state == "running":
+            member.state, member.error, member.ended_ns = "lost", why, self._clock.now_ns()
+            member.count_killed()
+            self._note_end(member)
 
     def _come_back(self, rank: Member) -> None:
         """A rank that counted as lost, or had said how it would end, is heard again."""
@@ -466,7 +456,7 @@ class Writer:
             if sender.hello.life != life or sender.restored:
                 raise KeyError(f"rank {rank} has not said hello to this writer in this life")
             sender.heard = self._last_batch = time.monotonic()
-            if sender.state == "lost":
+            if sender.state != "running" and not sender.left:
                 self._come_back(sender)
             if seq == sender.next_seq and self._journal.queued_bytes + self._views.backlog < BACKLOG_BYTES:
                 sender.next_seq += 1
@@ -476,20 +466,27 @@ class Writer:
     @ray.method(concurrency_group="io")
     def goodbye(self, goodbye: Goodbye) -> Farewell:
         """A rank ends. Answered when that is on disk, or the disk is slow."""
-        if self._views.backlog < SMALL_BACKLOG_BYTES:
-            self._views.settled(SETTLE_S)  # so that it still hears of values that were rejected
+        if self._views.behind() < SETTLE_S:  # so that it still hears of values that were rejected
+            self._views.settled(SETTLE_S)
         with self._lock:
             if self._fenced:
                 raise Fenced(self._run_id)
             rank = self._ranks.get(goodbye.rank)
             notices = []
             if rank is not None and rank.hello.life == goodbye.life:
-                rank.state, rank.error, rank.ended_ns = goodbye.state, goodbye.error, goodbye.time_ns
+                if (
+                    self._end is not None and rank.state == "lost"
+                ):  # the run has ended without it, which is to be undone
+                    raise KeyError(f"rank {goodbye.rank} must say hello again")
+                rank.skew.heard(goodbye.sent_ns, self._clock.now_ns())
+                rank.state, rank.error, rank.left = goodbye.state, goodbye.error, True
+                rank.ended_ns = rank.skew.corrected(goodbye.time_ns)
                 rank.counted = goodbye.counted
                 rank.heard = time.monotonic()
                 if goodbye.state == "success":
-                    self._awaited.discard(goodbye.rank)  # it was not started again, and need not be
-                notices = self._take_notices(rank)
+                    self._restarts.awaited.discard(goodbye.rank)  # it was not started again, and need not be
+                self._take_notices(rank)
+                notices = list(rank.view.told)
                 self._note_end(rank)
                 stderr(f"rank {goodbye.rank} ended: {goodbye.state}{' - ' + goodbye.error if goodbye.error else ''}")
             self._maybe_end()
@@ -508,9 +505,10 @@ class Writer:
                 return None
             rank.heard = time.monotonic()
             rank.counted = beat.counted
+            rank.skew.heard(beat.sent_ns, self._clock.now_ns())
             if beat.doing is not None:
                 self._health.beat(beat.rank, beat.life, beat.doing, rank.heard)
-            if rank.state == "lost":
+            if rank.state != "running" and not rank.left:
                 self._come_back(rank)
             return self._ack(rank)
 
@@ -573,33 +571,43 @@ class Writer:
     # The writer's own clock.
 
     def _tick_forever(self) -> None:
-        next_line, before = 0.0, time.monotonic()
+        """Whatever fails in here, the run ends one day, and this actor with it."""
+        self._next_line, self._ticked = 0.0, time.monotonic()
         while True:
             time.sleep(TICK_S)
-            now = time.monotonic()
-            if now - before > 2 * BEAT_S:  # this process was paused, and could hear nobody
-                with self._lock:
-                    self._health.paused(now - before, now)
-                    for rank in self._ranks.values():
-                        rank.heard += now - before
-            before = now
             try:
-                with self._lock:
-                    if not self._fenced:
-                        self._notice_lost_ranks(now)
-                        self._notice_hang(now)
-                        self._maybe_end()
-                        self._keep_time(now)
-                if now >= next_line:
-                    next_line = now + STATUS_LINE_S
-                    stderr(status_line(self.status()))
-                    if not self._fenced:
-                        self._tell()
-            except Exception:  # without this thread the run would never end
+                if self._tick(time.monotonic()):
+                    break
+            except Exception:
                 stderr(traceback.format_exc())
-            if self._end is not None or (self._fenced and self._deserted(now)):
-                self._leave()
-                return
+        try:
+            self._leave()
+        except Exception:
+            stderr(traceback.format_exc())
+        self._closed.set()
+        self._die()
+
+    def _tick(self, now: float) -> bool:
+        """Whether this writer is done."""
+        with self._lock:
+            if now - self._ticked > 2 * BEAT_S:  # this process was paused, and could hear nobody
+                self._health.paused(now - self._ticked, now)
+                for rank in self._ranks.values():
+                    rank.heard += now - self._ticked
+            self._ticked = now
+            if not self._fenced:
+                self._notice_lost_ranks(now)
+                self._notice_hang(now)
+                self._notice_odd_world(now)
+                self._maybe_end()
+                self._keep_time(now)
+            done = self._end is not None or (self._fenced and self._deserted(now))
+        if now >= self._next_line and not done:
+            self._next_line = now + STATUS_LINE_S
+            stderr(status_line(self.status()))
+            if not self._fenced:
+                self._tell()
+        return done
 
     def _keep_time(self, now: float) -> None:
         """Put time into the journal while nothing else does, for values that wait for silent ranks."""
@@ -623,52 +631,45 @@ class Writer:
             if rank.state != "running":
                 continue
             silent = now - rank.heard
-            gone = silent > 2 * BEAT_S and self._alive(rank) is False
+            gone = silent > 2 * BEAT_S and self._processes.gone(rank)
             # What it sent before may still wait in the pipeline, and say how it ended.
             if (gone or silent > timeout) and self._views.behind() < silent:
                 rank.state = "lost"
                 # It was heard every BEAT_S at least, so it fell about then; its peers' errors came of it.
-                rank.ended_ns = time.time_ns() - int((silent - BEAT_S / 2) * 1e9)
+                rank.ended_ns = self._clock.now_ns() - int((silent - BEAT_S / 2) * 1e9)
                 if gone:
                     rank.error = "its process is gone (killed?)"
                 else:
-                    state = self._process_state(rank)
+                    state = self._processes.state(rank)
                     rank.error = f"no sign of life for {timeout:.0f} s" + (f": {why_silent(state)}" if state else "")
                 outcome = rank.view.outcome
                 if outcome is not None and outcome.state is not None:
-                    rank.state, rank.error, rank.ended_ns = outcome.state, outcome.error, outcome.time_ns
+                    rank.state, rank.error = outcome.state, outcome.error
+                    rank.ended_ns = rank.skew.corrected(outcome.time_ns)
                 stderr(f"rank {number} is gone: {rank.state}{' - ' + rank.error if rank.error else ''}")
                 rank.count_killed()
                 self._note_end(rank)
 
     def _notice_hang(self, now: float) -> None:
         told = self._health.hang
-        over = self._health.look(self._ranks.values(), now, time.time())
+        over = self._health.look(self._ranks.values(), now, self._clock.now_ns() / 1e9)
         hang = self._health.hang
         if hang is not None and hang is not told:
             self._notice(standstill(hang))
         if over is not None:
             self._notice(f"{MOVES_AGAIN} at {time.strftime('%H:%M:%S')}, after {duration(over.seconds)} without one.")
 
+    def _notice_odd_world(self, now: float) -> None:
+        odd = self._newcomers.odd_world_size(self._ranks.values(), now)
+        if odd is None:
+            return
+        sentence = odd_world(odd)
+        odd.view.notices.append(sentence)
+        self._notice(sentence)
+
     def _take_stacks(self, rank: int, life: str, stacks: Stacks) -> None:
         with self._lock:
             self._health.take(rank, life, stacks)
-
-    def _alive(self, rank: Member) -> bool | None:
-        """Whether the rank's process exists, where this process could see it."""
-        if rank.hello.pid_namespace != self._pid_namespace:
-            return None
-        return self._process_state(rank) not in (None, "Z", "X")
-
-    def _process_state(self, rank: Member) -> str | None:
-        """As Linux names it; None where it cannot be seen, or is gone."""
-        if rank.hello.pid_namespace != self._pid_namespace:
-            return None
-        try:
-            with open(f"/proc/{rank.hello.pid}/stat") as stat:
-                return stat.read().rpartition(")")[2].split()[0]
-        except OSError:
-            return None
 
     def _maybe_end(self) -> None:
         if self._end is not None:
@@ -676,28 +677,32 @@ class Writer:
         now = time.monotonic()
         if any(rank.state == "running" for rank in self._ranks.values()):
             return
-        present = self._ranks.keys() - self._awaited
+        present = self._ranks.keys() - self._restarts.awaited
         if not self._ranks or len(present) < self._world_size:
             failed = any(self._ranks[number].state != "success" for number in present)
-            patience = min(self._settings.rank_timeout, FAILED_RANK_GRACE_S) if failed else self._settings.rank_timeout
+            patience = self._settings.restart_timeout if self._restarts.awaited else self._settings.rank_timeout
             last = max((rank.heard for rank in self._ranks.values()), default=self._born)
-            if now - last < patience:
+            if now - last < (min(self._settings.rank_timeout, FAILED_RANK_GRACE_S) if failed else patience):
                 return
-        if self._over is not None and not self._ranks:  # nobody came to go on with it
-            self._end = self._over.state, self._over.error
+        over = self._sessions.over
+        if over is not None and not self._ranks:  # nobody came to go on with it
+            self._end = over.state, over.error
             return
-        end = verdict(self._ranks, self._world_size)
-        restarts = any(rank.hello.restarts > self._restarts for rank in self._ranks.values())
-        if end[0] == "crashed" and restarts and now - max(r.heard for r in self._ranks.values()) < RESTART_S:
+        state, error = verdict(self._ranks, self._world_size)
+        quiet = now - max((rank.heard for rank in self._ranks.values()), default=self._born)
+        may_restart = state == "crashed" and self._restarts.may_follow(self._ranks)
+        if may_restart and quiet < self._settings.restart_timeout:
             return  # the launcher may start it again
-        self._end = end
-        finished = Finished(state=self._end[0], error=self._end[1])
+        if state == "success" and never_reported(self._ranks, self._world_size):
+            self._notice(f"{ONLY_RANK_0} of {self._world_size} ranks: the end of this run is its word alone.")
+        self._end = state, error
+        finished = Finished(time_ns=self._clock.now_ns(), state=state, error=error)
         if self._reducer is not None:
             self._reducer.finish(finished)
         self._journal.append(finished)
 
     def _leave(self) -> None:
-        """Close SwanLab's run and the journal, let watchers read the end, and end this actor for good."""
+        """Close SwanLab's run and the journal."""
         reducer = self._reducer
         if reducer is not None and not self._fenced:
             self._wait_closed(reducer)
@@ -716,8 +721,11 @@ class Writer:
                 )
             )
         self._journal.close(JOURNAL_DEADLINE_S)
-        self._closed.set()
-        stderr(status_line(self.status()))
+
+    def _die(self) -> None:
+        """Let watchers read the end, and end this actor for good."""
+        with suppress(Exception):
+            stderr(status_line(self.status()))
         time.sleep(LINGER_S)
         if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
             # Unlike ray.kill this runs atexit and does not restart the actor.
@@ -784,23 +792,5 @@ class Writer:
             of_run = self._notices[self._told :]
             self._told += len(of_run)
             notices = notices + of_run
+        rank.view.told += notices
         return notices
-
-
-def get_or_create(run_id: str, settings: ObserverSettings, life_lock: str | None = None) -> Any:
-    """The handle of this run's writer; whichever rank comes first creates it."""
-    actor_class = ray.remote(concurrency_groups={"io": 1, "query": 2})(Writer)
-    options: dict[str, Any] = {}
-    if "node:__internal_head__" in ray.cluster_resources():
-        # On the head it dies only with the cluster itself; affinity to a node goes astray with num_cpus=0.
-        options["resources"] = {"node:__internal_head__": 0.001}
-    return actor_class.options(
-        name=f"{ACTOR_PREFIX}{run_id}",
-        namespace=NAMESPACE,
-        lifetime="detached",
-        get_if_exists=True,
-        num_cpus=0,
-        max_restarts=-1,
-        max_task_retries=0,
-        **options,
-    ).remote(run_id, settings, life_lock)

@@ -36,7 +36,7 @@ from swanlab_ray.actors.protocol import (
     encode_batch,
 )
 from swanlab_ray.actors.records import Ended, Entry
-from swanlab_ray.observer.link import CALL_DEADLINE_S, LinkBroken, RunOver
+from swanlab_ray.observer.link import CALL_DEADLINE_S, LinkBroken, NotNow, RunOver
 from swanlab_ray.observer.notices import logger, warn_once
 from swanlab_ray.observer.opening import Opening
 from swanlab_ray.observer.pulse import Pulse
@@ -386,7 +386,9 @@ class Channel:
                     self._connected = False
                     self._beat = None
                     self.last_error = str(error) if isinstance(error, LinkBroken) else traceback.format_exc()
-                    if self._connections == 0:
+                    if isinstance(error, NotNow):
+                        self._show([str(error)] if str(error) else [])
+                    elif self._connections == 0:
                         warn_once(
                             "unreachable", f"{self.last_error.rstrip('. ')} - the training goes on; still trying."
                         )

@@ -13,8 +13,7 @@ from rich.console import Console
 
 from swanlab_ray.actors.naming import absolute
 from swanlab_ray.actors.settings import LOG_DIR_VARIABLES, MODES, ObserverSettings, SettingsError, check_writable
-from swanlab_ray.actors.text import one_line
-from swanlab_ray.observer.render import json_text, say, terminal
+from swanlab_ray.observer.render import json_text, say, shown, terminal
 from swanlab_ray.observer.streams import Command
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ def runs(log_dir: Path, as_json: bool) -> None:
     elif not refused:
         raise _failure(f"No run lies in {log_dir}: choose another with --log-dir.")
     for sentence in refused:
-        click.echo(one_line(sentence), err=True)
+        click.echo(shown(sentence), err=True)
     sys.exit(1 if refused else 0)
 
 
@@ -232,7 +231,7 @@ def trace(run_id: str | None, output: Path, steps: str | None, log_dir: Path) ->
     except OSError as error:
         raise _failure(f"The trace cannot be written to '{output}': {error.strerror or error}.") from None
     told = f"{timeline.count} spans of run {run.files.run_id} in {output}: open it with https://ui.perfetto.dev"
-    print(one_line(told))
+    print(shown(told))
 
 
 def _steps(text: str) -> range:
@@ -254,7 +253,7 @@ def verify_journals(paths: tuple[Path, ...]) -> None:
     """
     from swanlab_ray.observer.verify import verify
 
-    whole = _guarded(lambda: verify(paths, lambda line: print(one_line(line))))
+    whole = _guarded(lambda: verify(paths, lambda line: print(shown(line))))
     print("everything is there" if whole else "something is damaged or missing")
     sys.exit(0 if whole else 1)
 
@@ -339,7 +338,7 @@ def _test_lark(settings: ObserverSettings) -> str:
 
 
 def _failure(sentence: str) -> click.ClickException:
-    return click.ClickException(one_line(sentence))
+    return click.ClickException(shown(sentence))
 
 
 def _guarded(action: Callable[[], Any]) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from swanlab_ray.actors.protocol import Ack, Beat, Farewell, Goodbye, Hello, WriterStatus
+from swanlab_ray.actors.protocol import Ack, Beat, Declined, Farewell, Goodbye, Hello, WriterStatus
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer import cluster, sharing
 from swanlab_ray.observer.identity import Identity, resolve_run_id
@@ -20,6 +20,8 @@ TURN_S = 0.1
 """How long the script's own use of Ray may have to wait for one look at an answer."""
 STARTS = 3
 """How often a writer that cannot be started is tried."""
+DYING_S = 10.0
+"""How long the name of a run's writer may lead to one that has just ended."""
 
 REFERENCE_BYTES = 4 << 20
 """A larger batch is sent as an object reference. Below that a value is faster, and it needs no raylet: a rank would die
@@ -32,6 +34,22 @@ class LinkBroken(ConnectionError):
 
 class RunOver(LinkBroken):
     """The run has ended; its writer takes nothing more."""
+
+
+class NotNow(LinkBroken):
+    """Ask again: another process reports as this rank, or another job under this run id, or the writer of a run that
+    has ended is still there. The message is for the user; empty where there is nothing to tell yet."""
+
+
+def welcomed(answer: Ack | Declined) -> Ack:
+    """What the writer answered to a hello.
+
+    Raises:
+        NotNow: it was declined.
+    """
+    if isinstance(answer, Declined):
+        raise NotNow(answer.sentence)
+    return answer
 
 
 class RayLink:
@@ -47,6 +65,7 @@ class RayLink:
         self._writer: Any = None
         self._hopeless: str | None = None
         self._failures = 0  # in a row, of a writer that cannot be started
+        self._died_at: float | None = None
         self.run_id: str | None = settings.run_id
         self.deadline = math.inf
         """Until when (monotonic) a call may take; earlier once the training has ended."""
@@ -77,7 +96,7 @@ class RayLink:
         if not cluster.reachable(self._cluster):
             raise LinkBroken(f"The Ray cluster at '{self._cluster.address}' does not answer.")
         with self._ray() as ray:
-            from swanlab_ray.actors.writer import get_or_create
+            from swanlab_ray.actors.handle import get_or_create
 
             if not ray.is_initialized():
                 raise sharing.Taken("Ray was shut down")
@@ -85,14 +104,25 @@ class RayLink:
         # Just after a run's end the name still finds the dying actor: only an answer proves that it lives.
         wait = max(0.5, min(CALL_DEADLINE_S, self.deadline - time.monotonic()))
         try:
-            welcome: Ack | None = self._answer(self._call("hello", hello), wait)
+            answer: Ack | Declined | None = self._answer(self._call("hello", hello), wait)
         except LinkBroken as error:
             self._note_failure(error)
+            if self._is_ending(error):
+                raise NotNow("") from error
             raise
-        if welcome is None:
+        if answer is None:
             raise LinkBroken(f"The writer did not answer within {wait:.0f} s.")
-        self._failures = 0
-        return welcome
+        self._failures, self._died_at = 0, None
+        return welcomed(answer)
+
+    def _is_ending(self, error: LinkBroken) -> bool:
+        """Whether what answered was the writer of a run that has just ended, and could be started."""
+        cause = error.__cause__
+        if type(cause).__name__ != "ActorDiedError" or _cannot_start(cause):  # type: ignore[arg-type]
+            return False
+        now = time.monotonic()
+        self._died_at = self._died_at or now
+        return now - self._died_at < DYING_S
 
     def _note_failure(self, error: LinkBroken) -> None:
         """End a writer that its node cannot start: Ray would try for ever, also when this rank has gone."""

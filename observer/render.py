@@ -6,8 +6,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from swanlab_ray.actors.text import one_line
+from swanlab_ray.observer.secret_shapes import masker
 
 UNBOUNDED = 10_000
 """Characters of a line where no terminal folds them."""
@@ -32,8 +34,18 @@ def terminal() -> Console:
 
 
 def cell(text: object, style: str = "") -> Text:
-    """One line of text as it is: no markup, nothing that a terminal obeys, and only what its encoding has."""
-    return Text(_encodable(one_line(str(text))), style)
+    """One line of text as it is: no markup, nothing that a terminal obeys, only what its encoding has, no secrets."""
+    return Text(_encodable(shown(str(text))), style)
+
+
+def shown(text: str) -> str:
+    """A text as one line without secrets: what a journal of an older version, or of somebody else, may hold."""
+    return one_line(_mask()(text))
+
+
+@cache
+def _mask() -> Callable[[str], str]:
+    return lru_cache(maxsize=1_000)(masker())  # a timeline has the same few names again and again
 
 
 def say(console: Console, text: object, style: str = "") -> None:
@@ -121,16 +133,25 @@ class Grid:
                 yield line
 
 
-def json_text(value: Any) -> str:
-    """JSON that every reader takes: there is no NaN in it, and no half of a character."""
-    return json.dumps(_plain(msgspec.to_builtins(value, str_keys=True)), allow_nan=False)
+def json_text(value: Any, masking: bool = True) -> str:
+    """JSON that every reader takes: there is no NaN in it, and no half of a character.
+
+    Args:
+        value: of plain types and msgspec's.
+        masking: leave out secrets, see :func:`shown`; not where the texts are what the user has logged.
+    """
+    return _encode(_plain(msgspec.to_builtins(value, str_keys=True), _mask() if masking else str))
 
 
-def _plain(value: Any) -> Any:
+_encode = json.JSONEncoder(allow_nan=False).encode
+
+
+def _plain(value: Any, mask: Callable[[str], str]) -> Any:
     if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
+        text = mask(value)
+        return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {_plain(str(key)): _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {_plain(key, mask): _plain(one, mask) for key, one in value.items()}
+    return [_plain(one, mask) for one in value] if isinstance(value, (list, tuple)) else value

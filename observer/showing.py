@@ -12,7 +12,7 @@ from swanlab_ray.actors.tables import readable
 from swanlab_ray.actors.text import harmless, one_line
 from swanlab_ray.observer import archive, transcripts
 from swanlab_ray.observer.breakdown import breakdown, phases_table
-from swanlab_ray.observer.render import headline, json_text, say, terminal
+from swanlab_ray.observer.render import headline, json_text, say, shown, terminal
 
 
 def show_run(run: archive.Run, as_json: bool) -> None:
@@ -56,7 +56,7 @@ def show_completions(files: RunFiles, last: int, as_json: bool) -> None:
     """The latest rows of RLHF completions, whole."""
     rows = list(transcripts.completions(files, last))
     if as_json:
-        print(json_text(rows))
+        print(json_text(rows, masking=False))
         return
     if not rows:
         raise _nothing(
@@ -91,4 +91,4 @@ def show_stacks(files: RunFiles, as_json: bool) -> None:
 
 
 def _nothing(files: RunFiles, what: str) -> click.ClickException:
-    return click.ClickException(one_line(f"Run '{files.run_id}' {what}"))
+    return click.ClickException(shown(f"Run '{files.run_id}' {what}"))

@@ -22,7 +22,7 @@ from swanlab_ray.actors.sink import Sink
 from swanlab_ray.actors.writer import Writer
 from swanlab_ray.observer.channel import Link as LinkProtocol
 from swanlab_ray.observer.identity import Identity
-from swanlab_ray.observer.link import LinkBroken
+from swanlab_ray.observer.link import LinkBroken, welcomed
 from swanlab_ray.observer.session import Observer
 
 
@@ -124,8 +124,7 @@ class Link:
         if self.cut:
             raise LinkBroken("it is cut")
         self._writer = self.cluster.find()
-        answer: Ack = self._call("hello", hello)
-        return answer
+        return welcomed(self._call("hello", hello))
 
     def ingest(self, *batch: Any) -> Any:
         return self._call("ingest", *batch)

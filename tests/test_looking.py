@@ -56,13 +56,14 @@ STEERS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40) | st.sampled_from(NASTY)
 
 
-def everything_called(name: str) -> list[Entry]:
-    """A run in which everything that somebody can name has this name."""
+def everything_called(name: str, metric: str | None = None) -> list[Entry]:
+    """A run in which everything that somebody can name has this name, metrics perhaps another."""
+    metric = name if metric is None else metric
     life, now = "life", 1_700_000_000 * 10**9
     spans = Spans(now, now, 0, [name], [name], [0, 0], [0, 0], [1, 2], [0, 20], [10, 10], [], [])
     rows = Completions(1, now, name, "", 0, {name: [name], "score": [float("nan")]})
     stacks = Stacks(now, 1, name, None, [name], [[name]])
-    scalars = (SCALARS, 1, now, USER, {name: 1.0, "bad": float("nan")})
+    scalars = (SCALARS, 1, now, USER, {metric: 1.0, "bad": float("nan")})
     data = encode_batch([encode(scalars), *map(encode, (spans, rows, stacks))])
     return [
         Arrived(
@@ -85,7 +86,7 @@ def everything_called(name: str) -> list[Entry]:
             state="crashed",
             error=name,
             ended_ns=now,
-            counts=Counts(logged=5, dropped={name: 1}),
+            counts=Counts(logged=5, dropped={metric: 1}),
             time_ns=now,
         ),
         Finished(state="crashed", error=name, time_ns=now),
@@ -124,6 +125,11 @@ def invoke(*arguments: str, log_dir: Path | None = None, **env: str) -> Result:
     return done
 
 
+def has(output: str, name: str) -> bool:
+    """Whether a name can be read there, folded perhaps. Both are long, so pytest need not show them."""
+    return squeezed(name) in squeezed(output)
+
+
 def squeezed(text: str) -> str:
     """Without spaces and frames, which folding adds and takes away."""
     return re.sub(r"[\s│|]", "", text)
@@ -155,8 +161,8 @@ def test_any_name_through_every_command(name: str, columns: str) -> None:
         for view in VIEWS:
             done = invoke("show", *view, log_dir=log_dir, COLUMNS=columns)
             assert done.exit_code == 0, done.output
-            folded = view == ["--phases"] and columns in ("40", "80")  # beside other cells
-            assert folded or squeezed(shown) in squeezed(done.stdout)
+            folded = view == ["--phases"] and columns != "10"  # beside other cells
+            assert folded or has(done.stdout, shown)
             outputs.append(done)
             as_json = invoke("show", *view, "--json", log_dir=log_dir)
             json.loads(as_json.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
@@ -197,5 +203,25 @@ def test_any_name_in_the_table_of_a_run_in_progress(name: str, width: int) -> No
     render.say(console, watch.status_line(status))
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert not STEERS.search(printed)
-    assert squeezed(shown) in squeezed(printed)
+    assert has(printed, shown)
     assert json.loads(render.json_text([status]))[0]["run_id"] == name
+
+
+SECRETS = "Connecting to https://me:hunter2@proxy:3128 failed, HF_TOKEN=hf_" + "a1" * 17
+
+
+def test_no_command_prints_a_secret_that_stands_in_a_journal(tmp_path: Path) -> None:
+    """As one of an older version may have written it; an address of a proxy stands in an alert, an error, a host."""
+    entries = everything_called(SECRETS, "x")
+    write_file(tmp_path / "observer" / "r" / "journal-000001.log", header("r"), entries)
+    told = [invoke("trace", "-o", str(tmp_path / "t.json"), log_dir=tmp_path), invoke("verify", str(tmp_path))]
+    for view in ([], ["--phases"], ["--stacks"]):
+        told += [invoke("show", *view, *more, log_dir=tmp_path) for more in ([], ["--json"])]
+    told += [invoke("runs", *more, log_dir=tmp_path) for more in ([], ["--json"])]
+    for text in [*(done.output for done in told), (tmp_path / "t.json").read_text()]:
+        assert "hunter2" not in squeezed(text)
+        assert "hf_a1a1" not in squeezed(text)
+    console = Console(file=io.StringIO(), width=400)
+    console.print(watch.rank_table(status_called(SECRETS)))
+    assert "hunter2" not in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "hunter2" not in render.json_text(status_called(SECRETS))
