@@ -14,11 +14,14 @@ from transformers import Trainer, TrainerCallback
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer import completions
 from swanlab_ray.observer.completions import CompletionCapture
-from swanlab_ray.observer.describe import run_config
-from swanlab_ray.observer.exits import describe
+from swanlab_ray.observer.describe import LONGEST_REASON, run_config
+from swanlab_ray.observer.exits import describe, headline
 from swanlab_ray.observer.notices import logger
+from swanlab_ray.observer.own_loss import OwnLoss
 from swanlab_ray.observer.phases import Phases
+from swanlab_ray.observer.redact import plain
 from swanlab_ray.observer.session import Observer, connect
+from swanlab_ray.observer.wrapping import Wrapped
 
 _TOTALS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
 FLUSH_AT_END_S = 30.0
@@ -36,7 +39,7 @@ def _never_raises(method: Method) -> Method:
         except Exception as error:
             if self.settings.strict:
                 raise
-            self.say_once(f"{method.__name__} failed: {type(error).__name__}: {error}; the training goes on.")
+            self.say_once(f"{method.__name__} failed: {headline(error)[:LONGEST_REASON]}; the training goes on.")
 
     return guarded  # type: ignore[return-value]
 
@@ -61,26 +64,38 @@ class ObserverCallback(TrainerCallback):
         self, settings: ObserverSettings | None = None, config: Mapping[str, Any] | None = None, **overrides: Any
     ) -> None:
         self.settings = settings if settings is not None else ObserverSettings(**overrides)
-        self.observer: Observer | None = None
         self._config = config or {}
+        self._begin()
+
+    def _begin(self) -> None:
+        """What belongs to the trainings of this callback in this process."""
+        self.observer: Observer | None = None
         self._said: set[str] = set()
-        self._trainers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._trainers: weakref.WeakKeyDictionary[Any, OwnLoss] = weakref.WeakKeyDictionary()
         self._trainer: weakref.ref[Any] | None = None
         self._training = False
         self._offset = 0  # steps of trainings that this process has done before
         self._mark = 0.0
-        self._loss: Any = None
         self._configured = False
         self._capture: CompletionCapture | None = None
         self._phases: Phases | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, here or in another process: it begins anew, with the same settings."""
+        begun = object.__new__(ObserverCallback)
+        begun._begin()
+        return {name: value for name, value in vars(self).items() if name not in vars(begun)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     def attach(self, trainer: Any) -> ObserverCallback:
         """Watch a trainer. Only needed for one that was made before this callback was added to it."""
         self._trainer = weakref.ref(trainer)
         if trainer not in self._trainers:
-            self._trainers.add(trainer)
-            trainer.train = self._watch_train(trainer.train)
-            trainer.training_step = self._watch_training_step(trainer.training_step)
+            trainer.train = Wrapped(trainer.train, self._around_train)
+            self._trainers[trainer] = OwnLoss(trainer)
         return self
 
     def say_once(self, sentence: str) -> None:
@@ -107,12 +122,12 @@ class ObserverCallback(TrainerCallback):
             # steps go on after the last one, since SwanLab keeps the first value of a step.
             self._offset = observer.trained_steps
         observer.set_result(None)
-        self._loss = None
+        self._take_loss()
         self._mark = time.perf_counter()
-        self._tell_progress(state)
         self._configure(observer, args, state, kwargs.get("model"))
         self._capture_completions(observer)
         self._measure_phases(observer)
+        self._tell_progress(state)
 
     @_never_raises
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -142,8 +157,9 @@ class ObserverCallback(TrainerCallback):
         now = time.perf_counter()
         measured = {"step_time": now - self._mark}
         self._mark = now
-        if self._loss is not None:
-            measured["loss"], self._loss = self._loss, None
+        loss = self._take_loss()
+        if loss is not None:
+            measured["loss"] = loss
         self._tell_progress(state)
         observer.log_rank(measured, step=observer.trained_steps)
 
@@ -151,7 +167,7 @@ class ObserverCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         observer = self._connected()
         if observer.rank == 0 and logs:
-            values = {_swanlab_name(key): value for key, value in logs.items() if _is_number(value)}
+            values = {_swanlab_name(key): value for key, value in logs.items()}
             values["train/global_step"] = state.global_step
             observer.log_job(values, step=self._offset + state.global_step)
 
@@ -159,7 +175,7 @@ class ObserverCallback(TrainerCallback):
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         observer = self._connected()
         if observer.rank == 0 and metrics:
-            values = {_swanlab_name(key): value for key, value in metrics.items() if _is_number(value)}
+            values = {_swanlab_name(key): value for key, value in metrics.items()}
             observer.log_job(values, step=self._offset + state.global_step)
         self._succeed_unless_training()
 
@@ -167,7 +183,8 @@ class ObserverCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         observer = self._connected()
         if not self._training:
-            self._configure(observer, args, state, kwargs.get("model"))
+            if not self._configured:
+                self._configure(observer, args, state, kwargs.get("model"))
             self._succeed_unless_training()
         self._mark = time.perf_counter()
 
@@ -188,6 +205,7 @@ class ObserverCallback(TrainerCallback):
             self.observer = connect(self.settings)
         return self.observer
 
+    @_never_raises
     def _capture_completions(self, observer: Observer) -> None:
         trainer = self._trainer() if self._trainer is not None else None
         if trainer is not None:
@@ -231,61 +249,51 @@ class ObserverCallback(TrainerCallback):
         step = self.observer.trained_steps = self._offset + state.global_step
         self.observer.progress(step, self._offset + state.max_steps, state.epoch)
 
+    @_never_raises
     def _configure(self, observer: Observer, args: Any, state: Any, model: Any) -> None:
-        if observer.rank == 0 and not self._configured:
-            self._configured = True
-            trainer = self._trainer() if self._trainer is not None else None
-            observer.config({**run_config(args, model, state, trainer), **self._config})
+        if observer.rank != 0:
+            return
+        self._configured = True
+        left_out: dict[str, str] = {}
+        trainer = self._trainer() if self._trainer is not None else None
+        described = run_config(args, model, state, trainer, left_out.__setitem__)
+        own = plain(self._config)
+        observer.config({**described, **(own if isinstance(own, dict) else {"config": own})})
+        if left_out:
+            reasons = ", ".join(f"{name} ({why})" for name, why in left_out.items())
+            self.say_once(f"Not in the configuration: {reasons[: 3 * LONGEST_REASON]}; the rest of it is.")
 
     def _find_trainer(self) -> None:
         """Events do not carry the trainer, so it is looked for among the callers: the one that holds this callback."""
         frame: Any = sys._getframe(1)
         while frame is not None:
             candidate = frame.f_locals.get("self")
-            if isinstance(candidate, Trainer):
+            if issubclass(type(candidate), Trainer):  # not isinstance, which asks the object
                 handler = getattr(candidate, "callback_handler", None)
-                if handler is not None and self in handler.callbacks:
+                if handler is not None and any(callback is self for callback in handler.callbacks):
                     self.attach(candidate)
                     return
             frame = frame.f_back
 
-    @_never_raises
-    def _add_loss(self, loss: Any) -> None:
-        """Sum a step's loss over micro-batches where it lies; the Trainer has divided by their number already."""
-        own = loss.detach()
-        self._loss = own if self._loss is None else self._loss + own
+    def _take_loss(self) -> Any:
+        trainer = self._trainer() if self._trainer is not None else None
+        return None if trainer is None else self._trainers[trainer].take()
 
-    def _watch_train(self, train: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(train)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return train(*args, **kwargs)
-            except BaseException as error:
-                self._end_training()
-                self._settle(*describe(error))
-                raise
-
-        return watched
-
-    def _watch_training_step(self, training_step: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(training_step)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            loss = training_step(*args, **kwargs)
-            self._add_loss(loss)
-            return loss
-
-        return watched
+    def _around_train(self, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(*args, **kwargs)
+        except BaseException as error:
+            self._end_training()
+            self._settle(*describe(error))
+            raise
 
 
-def _swanlab_name(name: str) -> str:
+def _swanlab_name(name: Any) -> str:
     """The name that SwanLab's own Transformers callback gives a Trainer metric."""
+    name = str(name)
     if name in _TOTALS:
         return f"single_value/{name}"
     for prefix in ("eval", "test"):
         if name.startswith(f"{prefix}_"):
             return f"{prefix}/{name[len(prefix) + 1 :]}"
     return f"train/{name}"
-
-
-def _is_number(value: Any) -> bool:
-    return value is not None and not isinstance(value, (str, bytes, list, dict))

@@ -7,7 +7,6 @@ trainers the record they keep. No forward pass, no collective, no random number 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import sys
@@ -24,6 +23,7 @@ from swanlab_ray.observer.notices import logger
 from swanlab_ray.observer.rows import Snapshot, Unknown, duels, generated, judged, pairs
 from swanlab_ray.observer.session import Observer, current
 from swanlab_ray.observer.values import Deferred, encode
+from swanlab_ray.observer.wrapping import Wrapped
 
 _MARK = "chosen_rewards"
 """The variable by which the function that computes the metrics is known."""
@@ -116,6 +116,10 @@ class CompletionCapture:
             vars(trainer).pop(self._method)
             vars(trainer).update(self._before)
 
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """A copy of a trainer is not watched: its capture is None."""
+        return _nobody, ()
+
     def _due(self, trainer: Any) -> bool:
         """Whether this step is sampled: the first one, every Nth, and the last."""
         if not self.active or not trainer.model.training:
@@ -131,8 +135,7 @@ class CompletionCapture:
     def _around_loss(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """Around ``compute_loss(model, inputs)``, or ``training_step(model, inputs)`` where that does everything."""
 
-        @functools.wraps(method)
-        def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        def watched(method: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             trainer = self._trainer()
             # Of the micro-batches of a step, the last one.
             if trainer is None or not self._guarded(lambda: trainer.accelerator.sync_gradients and self._due(trainer)):
@@ -147,20 +150,19 @@ class CompletionCapture:
             finally:
                 tap.remove()
 
-        return watched
+        return Wrapped(method, watched)
 
     def _around_generation(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """Around ``_generate_and_score_completions(inputs)``."""
 
-        @functools.wraps(method)
-        def watched(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        def watched(method: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
             result = method(inputs, *args, **kwargs)
             trainer = self._trainer()
             if trainer is not None and self._guarded(lambda: self._due(trainer)):
                 self._guarded(lambda: self._take(trainer, generated(trainer, len(inputs), self._rows)))
             return result
 
-        return watched
+        return Wrapped(method, watched)
 
     def _snapshot(self, inputs: Mapping[str, Any], tap: _Tap) -> Snapshot:
         values = tap.values()
@@ -218,6 +220,9 @@ class CompletionCapture:
             type(error).__name__,
             error,
         )
+
+
+def _nobody() -> None: ...
 
 
 class _Tap:

@@ -2,35 +2,66 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from swanlab_ray.observer.exits import headline
+from swanlab_ray.observer.redact import plain
 
-def run_config(args: Any, model: Any, state: Any, trainer: Any = None) -> dict[str, Any]:
+LONGEST_REASON = 160
+"""Characters."""
+
+Reject = Callable[[str, str], None]
+
+
+def run_config(
+    args: Any, model: Any, state: Any, trainer: Any = None, reject: Reject = lambda name, why: None
+) -> dict[str, Any]:
     """Configuration of a Trainer's run: ``model``, ``training``, ``optimizer``, ``parallelism``, ``datasets``,
-    ``deepspeed``.
+    ``deepspeed``. Never raises.
 
     Args:
         args: ``TrainingArguments`` or a subclass.
         model: the model, or None.
         state: ``TrainerState``.
         trainer: the trainer, whose accelerator knows the parallelism, or None.
+        reject: ``reject(name, why)`` is told of a part that cannot be described, and is left out.
     """
-    training = args.to_dict()
-    config: dict[str, Any] = {
-        "framework": "transformers",
-        "model": _model(model),
-        "training": training,
-        "optimizer": {name: training.get(name) for name in _OPTIMIZER if name in training},
-        "parallelism": _parallelism(args, getattr(trainer, "accelerator", None)),
-        "datasets": _datasets(trainer),
-        "max_steps": state.max_steps,
-    }
-    deepspeed = _deepspeed(args)
-    if deepspeed:
-        config["deepspeed"] = deepspeed
-    return config
+    parts = _Parts("", reject)
+    parts.add("framework", lambda: "transformers")
+    parts.add("model", lambda: _model(model, reject))
+    training: dict[str, Any] = parts.add("training", lambda: _training(args)) or {}
+    parts.add("optimizer", lambda: {name: training.get(name) for name in _OPTIMIZER if name in training})
+    parts.add("parallelism", lambda: _parallelism(args, getattr(trainer, "accelerator", None), reject))
+    parts.add("datasets", lambda: _datasets(trainer, reject))
+    parts.add("deepspeed", lambda: _deepspeed(args))
+    parts.add("max_steps", lambda: state.max_steps or None)  # 0 before a training
+    return parts.described
+
+
+class _Parts:
+    """Parts of a description, each by itself: what one of them raises costs no other."""
+
+    def __init__(self, name: str, reject: Reject) -> None:
+        self.described: dict[str, Any] = {}
+        self._prefix = f"{name}." if name else ""
+        self._reject = reject
+
+    def add(self, name: str, describe: Callable[[], Any]) -> Any:
+        """Describe a part; None says that there is nothing to say."""
+        try:
+            value = describe()
+        except Exception as error:
+            self._reject(f"{self._prefix}{name}", headline(error)[:LONGEST_REASON])
+            return None
+        if value is not None:
+            self.described[name] = value
+        return value
 
 
 _OPTIMIZER = (
@@ -39,55 +70,111 @@ _OPTIMIZER = (
 )  # fmt: skip
 
 
-def _model(model: Any) -> dict[str, Any]:
+def _training(args: Any) -> dict[str, Any]:
+    try:
+        return dict(args.to_dict())
+    except Exception:  # a subclass with fields that it cannot describe
+        return dict(plain(args))
+
+
+def _model(model: Any, reject: Reject) -> dict[str, Any]:
+    parts = _Parts("model", reject)
     if model is None:
-        return {}
-    described: dict[str, Any] = {"class": type(model).__name__}
-    config = getattr(model, "config", None)
-    if config is not None:
-        described.update(config if isinstance(config, dict) else config.to_dict())
-    if hasattr(model, "num_parameters"):
-        described["parameters"] = model.num_parameters()
-        described["trainable_parameters"] = model.num_parameters(only_trainable=True)
-    if getattr(model, "peft_config", None):
-        described["peft"] = {name: peft.to_dict() for name, peft in model.peft_config.items()}
-    return described
+        return parts.described
+    parts.described["class"] = type(model).__name__
+    config = parts.add("config", lambda: _model_config(getattr(model, "config", None)))
+    parts.described.pop("config", None)
+    parts.described.update(config or {})
+    parts.add("parameters", lambda: _parameters(model, only_trainable=False))
+    parts.add("trainable_parameters", lambda: _parameters(model, only_trainable=True))
+    parts.add("peft", lambda: _adapters(getattr(model, "peft_config", None)))
+    return parts.described
 
 
-def _parallelism(args: Any, accelerator: Any) -> dict[str, Any]:
-    described: dict[str, Any] = {
-        "world_size": args.world_size,
-        "mode": str(getattr(args.parallel_mode, "value", args.parallel_mode)),
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-    }
-    if getattr(args, "fsdp", None):
-        described["fsdp"] = str(args.fsdp)
-        described["fsdp_config"] = args.fsdp_config
+def _model_config(config: Any) -> dict[str, Any] | None:
+    """A dict, a ``PretrainedConfig``, a dataclass, a namespace: whatever a model keeps there."""
+    if config is None:
+        return None
+    described = config if isinstance(config, Mapping) else plain(config)
+    return dict(described) if isinstance(described, Mapping) else {"config": described}
+
+
+def _adapters(adapters: Any) -> dict[str, Any] | None:
+    return {name: adapter.to_dict() for name, adapter in adapters.items()} if adapters else None
+
+
+def _parameters(model: Any, only_trainable: bool) -> int | None:
+    if callable(getattr(model, "num_parameters", None)):
+        return int(model.num_parameters(only_trainable=only_trainable))
+    if not callable(getattr(model, "parameters", None)):
+        return None
+    return sum(int(part.numel()) for part in model.parameters() if part.requires_grad or not only_trainable)
+
+
+def _parallelism(args: Any, accelerator: Any, reject: Reject) -> dict[str, Any]:
+    parts = _Parts("parallelism", reject)
+    parts.add("world_size", lambda: args.world_size)
+    parts.add("mode", lambda: str(getattr(args.parallel_mode, "value", args.parallel_mode)))
+    parts.add("gradient_accumulation_steps", lambda: args.gradient_accumulation_steps)
+    parts.add("fsdp", lambda: str(args.fsdp) if getattr(args, "fsdp", None) else None)
+    parts.add("fsdp_config", lambda: args.fsdp_config if getattr(args, "fsdp", None) else None)
     if accelerator is not None:
-        described["distributed_type"] = str(accelerator.distributed_type.value)
-        plugin = getattr(accelerator.state, "fsdp_plugin", None)
-        if plugin is not None:
-            described["fsdp_plugin"] = {name: str(value) for name, value in vars(plugin).items()}
-        mesh = getattr(accelerator, "parallelism_config", None)
-        if mesh is not None:  # context, tensor and data parallel sizes
-            described.update({name: size for name, size in vars(mesh).items() if name.endswith("_size")})
-    return described
+        parts.add("distributed_type", lambda: str(accelerator.distributed_type.value))
+        parts.add("fsdp_plugin", lambda: _attributes(getattr(accelerator.state, "fsdp_plugin", None)))
+        sizes = parts.add("sizes", lambda: vars(getattr(accelerator, "parallelism_config", None) or object))
+        parts.described.pop("sizes", None)  # context, tensor and data parallel
+        parts.described.update({name: size for name, size in (sizes or {}).items() if name.endswith("_size")})
+    return parts.described
 
 
-def _datasets(trainer: Any) -> dict[str, int]:
+def _attributes(plugin: Any) -> dict[str, str] | None:
+    return None if plugin is None else {name: str(value) for name, value in vars(plugin).items()}
+
+
+def _datasets(trainer: Any, reject: Reject) -> dict[str, int]:
     """How many samples each has; one that is streamed does not tell."""
+    parts = _Parts("datasets", reject)
     found: dict[str, Any] = {"train": getattr(trainer, "train_dataset", None)}
     evaluated = getattr(trainer, "eval_dataset", None)
-    parts = evaluated if isinstance(evaluated, dict) else {"": evaluated}
-    found |= {f"eval/{name}".rstrip("/"): part for name, part in parts.items()}
-    return {name: len(dataset) for name, dataset in found.items() if hasattr(dataset, "__len__")}
+    given = evaluated if isinstance(evaluated, Mapping) else {"": evaluated}
+    found |= {f"eval/{name}".rstrip("/"): part for name, part in given.items()}
+    for name, dataset in found.items():
+        if hasattr(dataset, "__len__"):
+            parts.add(name, dataset.__len__)
+    return parts.described
 
 
 def _deepspeed(args: Any) -> dict[str, Any] | None:
-    """The DeepSpeed configuration, read from its file where a path is given."""
+    """DeepSpeed's configuration: as the Trainer has read it, else in any way in which one may be given."""
     given = getattr(args, "deepspeed", None)
-    if isinstance(given, str) and given.lstrip()[:1] == "{":
-        return dict(json.loads(given))
-    if isinstance(given, str) and given:
-        return {"file": given, **json.loads(Path(given).read_text())}
-    return dict(given) if given else None
+    if not given:
+        return None
+    file = {"file": given} if isinstance(given, str) and os.path.isfile(given) else {}
+    for holder in (given, getattr(args, "hf_deepspeed_config", None)):  # an HfDeepSpeedConfig holds it
+        read = holder if isinstance(holder, Mapping) else getattr(holder, "config", None)
+        if isinstance(read, Mapping):
+            return {**file, **read}
+    return {**file, **_parsed(Path(given).read_text() if file else str(given))}
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """JSON, the same as base64, or YAML.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    import yaml
+
+    readers: tuple[Callable[[str], Any], ...] = (
+        json.loads,
+        lambda text: json.loads(
+            base64.b64decode(text, altchars=b"-_" if {"-", "_"} & set(text) else b"+/", validate=True)
+        ),
+        yaml.safe_load,
+    )
+    for read in readers:
+        with suppress(Exception):
+            found = read(text)
+            if isinstance(found, dict):
+                return found
+    raise ValueError(f"{text[:40]!r} is no file here, and neither JSON nor YAML")

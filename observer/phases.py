@@ -11,6 +11,7 @@ from typing import Any
 
 from swanlab_ray.observer.profiling import DEFAULT_PROFILING_CONFIG
 from swanlab_ray.observer.spans import Span, SpanLog
+from swanlab_ray.observer.wrapping import Wrapped
 
 PHASES = {
     "_prepare_inputs": "prepare inputs",
@@ -39,7 +40,7 @@ class Phases:
         self._active = True
         self._evaluating = False
         self._optimizer: Span | None = None
-        self._wrapped: list[tuple[weakref.ref[Any], str, Any, bool]] = []
+        self._wrapped: list[tuple[weakref.ref[Any], str, Wrapped, bool]] = []
         self._wrap(trainer, "get_batch_samples", self._with_data)
         for method, phase in PHASES.items():
             self._wrap(trainer, method, functools.partial(self._measured, phase))
@@ -56,7 +57,7 @@ class Phases:
             if holder is not None and vars(holder).get(name) is wrapper:
                 vars(holder).pop(name)
                 if own:
-                    vars(holder)[name] = wrapper.__wrapped__
+                    vars(holder)[name] = wrapper.method
         self._wrapped.clear()
 
     def begin_step(self) -> None:
@@ -83,16 +84,16 @@ class Phases:
         if not callable(method):
             return
 
-        @functools.wraps(method)
-        def measured(*args: Any, **kwargs: Any) -> Any:
+        def measured(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             # The phases of an evaluation are part of it, not of a training step.
             if not self._active or self._evaluating or not DEFAULT_PROFILING_CONFIG.enabled:
                 return method(*args, **kwargs)
             return around(method, *args, **kwargs)
 
+        wrapped = Wrapped(method, measured)
         own = name in vars(holder)
-        setattr(holder, name, measured)
-        self._wrapped.append((weakref.ref(holder), name, measured, own))
+        setattr(holder, name, wrapped)
+        self._wrapped.append((weakref.ref(holder), name, wrapped, own))
 
     def _measured(self, phase: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._evaluating = phase == "evaluate"

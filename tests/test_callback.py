@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import base64
+import copy
 import json
+import math
+import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import Trainer
+import yaml
+from accelerate.state import GradientState
+from ray import cloudpickle
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from swanlab_ray.actors.history import find_runs
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer import ObserverCallback, current
+from swanlab_ray.observer.describe import run_config
 from tests import tiny
 from tests.conftest import SharedCluster, run_forked
-from tests.incarnations import Cluster, Link, mortal, settings_for
+from tests.incarnations import Cluster, Link, logged_in, mortal, settings_for
 from tests.swanlab_file import RunFile, ended_run, only_run
 
 
@@ -153,10 +165,6 @@ def test_a_callback_added_later_watches_too(settings: ObserverSettings, tmp_path
 
 def test_deepspeed_file_and_fsdp_are_described(tmp_path: Path) -> None:
     """Without DeepSpeed or a GPU: what is read is the arguments, which here are stand-ins."""
-    from types import SimpleNamespace
-
-    from swanlab_ray.observer.describe import run_config
-
     file = tmp_path / "zero2.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     args = SimpleNamespace(
@@ -179,6 +187,203 @@ def test_deepspeed_file_and_fsdp_are_described(tmp_path: Path) -> None:
     assert (parallelism["cp_size"], parallelism["world_size"], parallelism["distributed_type"]) == (2, 4, "FSDP")
     assert parallelism["fsdp_config"] == {"version": 2}
     assert parallelism["fsdp_plugin"] == {"reshard_after_forward": "True"}
+
+
+@dataclass
+class Sizes:
+    n_layer: int = 2
+
+
+class Net(torch.nn.Module):
+    """A model that is not of Transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 1)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return {"loss": self.linear(input_ids.float()).square().mean()}
+
+
+class Unsized(torch.utils.data.IterableDataset[Any]):
+    def __len__(self) -> int:
+        raise TypeError("unknown")
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from ()
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    return [sentence for sentence in said if words in sentence]
+
+
+def test_what_cannot_be_described_costs_nothing_else(
+    settings: ObserverSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A data set without a length, a number of parameters that is a number, arguments that cannot be put in a dict: the
+    rest of the configuration is there, the user's own too, the phases are measured, and one sentence names what is not.
+    """
+
+    class Odd(Net):
+        num_parameters = 5
+        main_input_name = "none"
+
+        @property
+        def peft_config(self) -> Any:
+            raise RuntimeError("https://me:s3cr3t@host " + "x" * 10_000)
+
+    class Arguments(TrainingArguments):
+        def to_dict(self) -> Any:
+            raise RuntimeError("no dict")
+
+    model: Any = Odd()
+    model.config = Sizes()
+    args = Arguments(str(tmp_path), max_steps=2, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True)
+    callback = ObserverCallback(settings, {"mine": 1})
+    trainer = Trainer(model, args, train_dataset=tiny.Tokens(), callbacks=[callback])
+    trainer.eval_dataset = {"news": Unsized(), "wiki": tiny.Tokens()}
+    trainer.args.deepspeed = "zero3.json"
+    trainer.train()
+    run = finished(settings)
+    config = run.config
+    assert config["mine"] == 1
+    assert config["model"] == {"class": "Odd", "n_layer": 2, "parameters": 17, "trainable_parameters": 17}
+    assert config["training"]["max_steps"] == config["max_steps"] == 2
+    assert config["optimizer"]["learning_rate"] == args.learning_rate
+    assert config["datasets"] == {"train": 64, "eval/wiki": 64}
+    assert config["parallelism"]["world_size"] == 1
+    assert "profiling/forward" in run.scalars
+    (said,) = warnings_of(caplog, "Not in the configuration")
+    assert said.startswith("Not in the configuration: model.peft (RuntimeError: https://***@host xxx")
+    assert "datasets.eval/news (TypeError: unknown)" in said
+    assert "deepspeed (ValueError: 'zero3.json' is no file here" in said
+    assert len(said) < 600
+
+
+@pytest.mark.parametrize("form", ["dict", "json", "base64", "urlsafe base64", "yaml", "file", "yaml file", "object"])
+def test_deepspeed_s_configuration_in_every_form(tmp_path: Path, form: str) -> None:
+    wanted = {"zero_optimization": {"stage": 3, "ratio": 0.5}, "text": "?>~" * 9}
+    text = json.dumps(wanted)
+    written = tmp_path / "zero.json"
+    written.write_text(yaml.safe_dump(wanted) if form == "yaml file" else text)
+    given = {
+        "dict": wanted,
+        "json": text,
+        "base64": base64.b64encode(text.encode()).decode(),
+        "urlsafe base64": base64.urlsafe_b64encode(text.encode()).decode(),
+        "yaml": yaml.safe_dump(wanted),
+        "object": SimpleNamespace(config=wanted),
+    }.get(form, str(written))
+    refused: list[str] = []
+    args = SimpleNamespace(deepspeed=given)
+    config = run_config(args, None, SimpleNamespace(max_steps=1), None, lambda name, why: refused.append(name))
+    assert config["deepspeed"] == ({"file": str(written)} if "file" in form else {}) | wanted
+    assert "deepspeed" not in refused
+
+
+def test_a_relative_file_of_deepspeed_that_the_trainer_has_read_is_described(tmp_path: Path) -> None:
+    args = SimpleNamespace(deepspeed="elsewhere.json", hf_deepspeed_config=SimpleNamespace(config={"zero": 1}))
+    assert run_config(args, None, SimpleNamespace(max_steps=1))["deepspeed"] == {"zero": 1}
+
+
+def test_the_configuration_is_that_of_the_training_also_after_an_evaluation(
+    settings: ObserverSettings, tmp_path: Path
+) -> None:
+    trainer = tiny.trainer(tmp_path, [ObserverCallback(settings)], max_steps=3)
+    trainer.evaluate()
+    trainer.train()
+    assert finished(settings).config["max_steps"] == 3
+
+
+def test_metrics_of_odd_types_cost_no_others(
+    settings: ObserverSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Numbers of all kinds and nested ones are there; what is no number is named, once."""
+    odd = {
+        "acc": np.float32(0.5),
+        "zero_d": np.array(0.25),
+        "one": np.array([0.75]),
+        "nested": {"a": 1.0, "b": {"c": torch.tensor(2.0)}},
+        "flag": np.bool_(True),
+        "tensor": torch.tensor([0.5]),
+        "text": "hello",
+        "none": None,
+        "list": [1, 2],
+        "array": np.array([1.0, 2.0]),
+        7: 8,
+        "good": 0.9,
+    }
+
+    class Logs(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer.log(dict(odd))  # type: ignore[arg-type]
+
+    numbers = {name: value for name, value in odd.items() if isinstance(name, str)}
+    trainer = tiny.trainer(
+        tmp_path, [ObserverCallback(settings), Logs()], max_steps=2, eval_strategy="steps", eval_steps=1
+    )
+    trainer.compute_metrics = lambda prediction: dict(numbers)
+    trainer.train()
+    run = finished(settings)
+    there = {
+        "acc": 0.5,
+        "zero_d": 0.25,
+        "one": 0.75,
+        "nested/a": 1,
+        "nested/b/c": 2,
+        "flag": 1,
+        "tensor": 0.5,
+        "good": 0.9,
+    }
+    for prefix, expected in (("train", there | {"7": 8}), ("eval", there)):
+        for name, value in expected.items():
+            assert run.scalars[f"{prefix}/{name}"] == pytest.approx({1: value, 2: value}), name
+    assert set(run.scalars["eval/loss"]) == {1, 2}
+    said = [sentence.partition(" is not logged")[0] for sentence in warnings_of(caplog, "not logged")]
+    named = [f"'{prefix}/{name}'" for prefix in ("train", "eval") for name in ("text", "none", "list", "array")]
+    assert sorted(said) == sorted(named)
+
+
+def test_nan_that_the_trainer_filters_is_in_the_rank_s_own_loss(settings: ObserverSettings, tmp_path: Path) -> None:
+    """``logging_nan_inf_filter`` is on by default, and hides it from the Trainer's logs."""
+
+    class Failing(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs) * (float("nan") if self.state.global_step == 3 else 1)
+
+    tiny.trainer(tmp_path, [ObserverCallback(settings)], Failing).train()
+    run = finished(settings)
+    assert all(math.isfinite(value) for value in run.values("train/loss"))
+    (files,) = find_runs([settings.log_dir])
+    own = {step: values["loss"] for _, step, values in logged_in(files) if "loss" in values}
+    assert [step for step, loss in own.items() if math.isnan(loss)] == [4]
+
+
+def test_a_copy_of_a_trainer_trains_itself(settings: ObserverSettings, tmp_path: Path) -> None:
+    """Copied or pickled: the copy's weights change, the original's do not, and the copy reports to the same run."""
+    GradientState._reset_state()  # it holds a weak reference after a training, which nobody can pickle
+    callback = ObserverCallback(settings)
+    original = tiny.trainer(tmp_path, [callback])
+    for copied in (copy.deepcopy(original), pickle.loads(cloudpickle.dumps(original))):
+        before = [weights(original), weights(copied)]
+        copied.train()
+        assert torch.equal(weights(original), before[0])
+        assert not torch.equal(weights(copied), before[1])
+        (own,) = [each for each in copied.callback_handler.callbacks if isinstance(each, ObserverCallback)]
+        assert own is not callback
+        assert own.settings == callback.settings
+    original.train()
+    copy.deepcopy(original).train()
+    run = finished(settings)
+    assert set(run.scalars["train/loss"]) == set(run.scalars["rank/0/loss"]) == set(range(1, 17)), "four trainings"
+    for kind in (pickle, cloudpickle):
+        again = pickle.loads(kind.dumps(callback))
+        assert again.settings == callback.settings
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
 
 def test_a_failing_observer_never_stops_training(
