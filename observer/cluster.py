@@ -247,14 +247,21 @@ def _join(
                     log_to_driver=False,
                     configure_logging=False,
                     logging_level="CRITICAL",
-                    job_config=ray.job_config.JobConfig(
-                        metadata={"job_name": f"swanlab-ray rank {os.environ.get('RANK', '0')}"}
-                    ),
+                    job_config=_job_config(ray),
                 )
         except Exception as error:
             sharing.speak()
             raise NoCluster(f"The Ray cluster at '{address}' refused this process: {_brief(error)}") from error
         return Cluster(address, ours=True, connection=sharing.claim(ours=True), directory=directory)
+
+
+def _job_config(ray: Any) -> Any:
+    config = ray.job_config.JobConfig(metadata={"job_name": f"swanlab-ray rank {os.environ.get('RANK', '0')}"})
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # somebody has removed it; Ray asks where it is, so that workers import from there
+        config._runtime_env_has_working_dir = lambda: True
+    return config
 
 
 def _await_scripts_init() -> None:

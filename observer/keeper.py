@@ -285,6 +285,10 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C is for the training; the cluster ends after it
     if not directories.made_here(directory):
         sys.exit(f"{directory} is none of our directories.")
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # somebody has removed that of the training, and Ray asks for it
+        os.chdir(directory.parent)
     lock = hold_lock(str(directory / "keeper"))
     os.utime(directory / "keeper")  # when this began
     keep(directory, lock, "--no-dashboard" not in sys.argv)

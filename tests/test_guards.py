@@ -13,7 +13,7 @@ from tests.conftest import Launch, SharedCluster, run_forked
 from tests.swanlab_file import ended_run, only_run
 
 TRAIN = """
-    import hashlib, os, sys, time
+    import hashlib, os, sys, tempfile, time
     import psutil, torch
 
     def train(observer):
@@ -36,6 +36,9 @@ TRAIN = """
         print("weights", hashlib.sha1(model.weight.detach().numpy().tobytes()).hexdigest())
 
     train(None)
+    gone = tempfile.mkdtemp()
+    os.chdir(gone)
+    os.rmdir(gone)
     from swanlab_ray.observer import connect
     observer = connect()
     held, release = os.pipe()
@@ -68,8 +71,8 @@ def test_ports_of_ray_s_agents_are_nobody_else_s(
 
 def test_losing_ray_does_not_change_the_training(launch: Launch, tmp_path: Path) -> None:
     """First the raylet is killed, then the GCS: same weights, same exit code, and finish() returns. Copies of the
-    process that are made while the cluster starts do not hold it up."""
-    done = launch(TRAIN, ranks=0, RAY_TMPDIR=str(tmp_path)).wait()
+    process that are made while the cluster starts do not hold it up, nor does a working directory that was removed."""
+    done = launch(TRAIN, ranks=0, RAY_TMPDIR=str(tmp_path), OBSERVER_LOG_DIR=str(tmp_path / "swanlog")).wait()
     assert done.code == 7, done.output
     bare, observed = re.findall(r"^weights (\w+)$", done.output, re.M)
     assert bare == observed
