@@ -1,86 +1,41 @@
 """From what each rank logs to what SwanLab gets: the view over ranks, step by step.
 
-A value waits until every rank that is running has reported it for that step, or has logged a later step, or a
-deadline passed. Then the step is written once. A value that comes after that is still written as its rank's own
-series, and counted as late.
+The values of a name at a step wait until every rank that is running has reported them, or has logged a later step, or
+none is expected any more, or a deadline passed. Then they are written once. A value that comes after that is still
+written as its rank's own series, and counted as late; what a rank logs again at a step is counted as repeated.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from math import inf, isfinite, nan
-from typing import Any
+from collections.abc import Callable, Iterable
+from math import inf
 
-from swanlab_ray.actors.protocol import JOB, RANK, USER, Scalars
+from swanlab_ray.actors.over_ranks import Name, Shape, put
+from swanlab_ray.actors.protocol import JOB, RANK, Scalars
+from swanlab_ray.actors.waiting import Calls, Row, Waiting
+from swanlab_ray.actors.written import NOBODY, Group, Written
 
 Emit = Callable[[int, int, dict[str, float]], None]
 """``emit(step, time_ns, values)``: write these at that step, with that original time."""
+NonFinite = Callable[[int, str, int, int, float], None]
 
+PATIENCE_S = 2.0
+"""How long values wait for ranks of which none is expected to report them."""
+RANKS_PER_SECOND = 500
+"""With many ranks that is longer: they send less often."""
+AHEAD = 2
+"""Steps by which a rank can only be ahead of another that does not log a new name at all: they train together."""
 DEADLINE_S = 30.0
-"""How long a step waits for a rank that is there but silent about it."""
+"""How long values wait for a rank that is there, has reported them before, and is silent about them."""
 JOIN_DEADLINE_S = 120.0
 """The same while ranks have not said hello yet: the first import of a large job is slow."""
 WAITING_STEPS = 10_000
 """Steps that may wait for a rank; beyond that the one that came first is written with what is there."""
 WAITING_VALUES = 2_000_000
 """The same for values."""
-CLOSED_STEPS_KEPT = 10_000
-"""Steps remembered as written, to tell a late value from a new step."""
-OVER_RANKS = ("mean", "min", "max", "p95", "argmax")
-"""What is computed over ranks: ``p95`` is that of the nearest rank, ``argmax`` the lowest rank that has the maximum.
-``nonfinite`` counts the ranks that reported NaN or infinity, where there are any."""
 SHAPES = 1_000
 """Sets of names that are known by heart."""
-
-
-class _Name(dict[int, str]):
-    """What is the same for a name at every step: its series, by rank, and over ranks."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.reporters: set[int] = set()
-        """Ranks that have ever logged it."""
-        self.over_ranks = [f"ranks/{name}/{what}" for what in OVER_RANKS]
-
-    def __missing__(self, rank: int) -> str:
-        series = self[rank] = f"rank/{rank}/{self.name}"
-        return series
-
-
-@dataclass(slots=True)
-class _Shape:
-    """What is the same for calls of the same names in the same order."""
-
-    scope: int
-    names: list[_Name]
-    reporters: set[int] = field(default_factory=set)
-    ranks: list[int] = field(default_factory=list)
-    """Those that logged it last; mostly they are the same at every step."""
-    keys: list[list[str]] = field(default_factory=list)
-    """Of each name, the series of these ranks and over them."""
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """Values of one name at one step, by rank."""
-
-    scope: int
-    time_ns: int
-    name: _Name
-    by_rank: dict[int, float] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Row:
-    """One step that is not complete yet: call by call while every rank logs the same in one call, else by name."""
-
-    since: float
-    shape: _Shape | None
-    calls: dict[int, Scalars] = field(default_factory=dict)
-    names: dict[str, _Waiting] = field(default_factory=dict)
-    written: set[str] = field(default_factory=set)
 
 
 class Aggregator:
@@ -89,19 +44,39 @@ class Aggregator:
     Args:
         emit: receives what is to be written.
         rank_series: how many ranks get series of their own.
+        emit_again: receives what replaces earlier rows, of a training that has gone back; by default as any other.
+        on_repeated: ``on_repeated(rank, name, step)`` is told of a value that is not the first of its rank and step.
+        on_nonfinite: ``on_nonfinite(rank, name, step, time_ns, value)`` is told of NaN or infinity: for each name and
+            step once, of the lowest rank that has it.
     """
 
-    def __init__(self, emit: Emit, rank_series: int) -> None:
+    def __init__(
+        self,
+        emit: Emit,
+        rank_series: int,
+        emit_again: Emit | None = None,
+        on_repeated: Callable[[int, str, int], None] = lambda rank, name, step: None,
+        on_nonfinite: NonFinite = lambda rank, name, step, time_ns, value: None,
+    ) -> None:
         self._emit = emit
+        self._emit_again = emit_again or emit
+        self._on_repeated = on_repeated
+        self._on_nonfinite = on_nonfinite
         self._rank_series = rank_series
-        self._rows: OrderedDict[int, _Row] = OrderedDict()  # of a dict the first is found slowly
-        self._closed: OrderedDict[int, None] = OrderedDict()
-        self._reached: dict[int, int] = {}  # rank -> the highest step it has logged
-        self._names: dict[str, _Name] = {}
-        self._shapes: dict[tuple[int, *tuple[str, ...]], _Shape] = {}
+        self._rows: OrderedDict[int, Row] = OrderedDict()  # of a dict the first is found slowly
+        self._written = Written()
+        self._reached: dict[int, int] = {}  # running rank -> the highest step it has logged
+        self._names: dict[str, Name] = {}
+        self._shapes: dict[tuple[int, *tuple[str, ...]], Shape] = {}
+        self._job: dict[str, tuple[int, float]] = {}  # the latest of each name that is reduced already
         self._missing_ranks = 1
         self._values = 0  # in _rows
         self.late = 0
+        """Values that came when their name had been written at their step."""
+        self.repeated = 0
+        """Values of a rank for a name at a step that it had logged before: the first one stands."""
+        self.replaced = 0
+        """Values that waited, and were logged again by a training that had gone back."""
         self.highest_step = -1
 
     def set_ranks(self, running: set[int], missing: int) -> None:
@@ -113,12 +88,27 @@ class Aggregator:
         """A new life of this rank begins: it may go back to an earlier step."""
         self._reached[rank] = -1
 
-    def rewind(self, step: int) -> None:
-        """Steps from this one on are run again: what is logged there is not late, it is written once more."""
-        for closed in [closed for closed in self._closed if closed >= step]:
-            del self._closed[closed]
+    def rewind(self, rank: int, step: int) -> None:
+        """From this step on this rank runs its steps again: what it logs there is not late, and is written once more,
+        together with what other ranks log there again."""
+        self._written.rewind(rank, step)
         for row in (row for pending, row in self._rows.items() if pending >= step):
-            row.written.clear()
+            for waiting in row.all():
+                if rank in waiting.by_rank:
+                    waiting.back |= {rank}
+        if rank in self._reached:
+            self._reached[rank] = step - 1
+
+    def logged(self, rank: int, scalars: Scalars) -> bool:
+        """Whether this rank has logged one of these names at this step, and has not gone back since."""
+        shape = self._shape(scalars)
+        row = self._rows.get(scalars.step)
+        if row is not None:
+            pending: list[Calls | Waiting] = [row.names[key] for key in shape.ids & row.names.keys()]
+            pending += [calls for other, calls in row.calls.items() if not shape.ids.isdisjoint(other.ids)]
+            if any(rank in waiting.by_rank and rank not in waiting.back for waiting in pending):
+                return True
+        return self._written.holds(rank, scalars.step, shape.ids)
 
     @property
     def waiting(self) -> bool:
@@ -133,66 +123,162 @@ class Aggregator:
         reached = self._reached
         if step > reached.get(rank, step):
             reached[rank] = step
-        if scalars.scope == JOB:
-            self._emit(step, scalars.time_ns, scalars.values)
-            return
-        if step in self._closed:
-            self._write_late(rank, scalars)
-            return
         shape = self._shapes.get((scalars.scope, *scalars.values)) or self._new_shape(scalars)
-        if rank not in shape.reporters:
-            shape.reporters.add(rank)
-            for name in shape.names:
-                name.reporters.add(rank)
         row = self._rows.get(step)
-        if row is None:
-            while self._rows and (len(self._rows) >= WAITING_STEPS or self._values > WAITING_VALUES):
-                self._close(next(iter(self._rows)))
-            row = self._rows[step] = _Row(now, shape)
-        calls = row.calls
-        if row.shape is shape and rank not in calls:
-            calls[rank] = scalars
+        again = False
+        if row is None or row.mixed or shape.scope == JOB:
+            written = self._written.at(step)
+            if written or step < self._written.certain:
+                fresh, again = self._fresh(rank, scalars, shape, written)
+                if not fresh:
+                    return
+                if len(fresh) < len(scalars.values):
+                    scalars = Scalars(step, scalars.time_ns, scalars.scope, fresh)
+                    shape = self._shape(scalars)
+            if shape.scope == JOB:
+                self._write_job(rank, scalars, shape, again)
+                return
+            if row is None:
+                row = self._new_row(step, now, bool(written) or step < self._written.certain)
+        if rank not in shape.reporters:
+            self._report(rank, shape)
+        calls = row.calls.get(shape)
+        if calls is None:
+            if row.names or (row.calls and not all(shape.ids.isdisjoint(other.ids) for other in row.calls)):
+                self._add_by_name(rank, scalars, shape, row, now, again)
+                return
+            calls = row.calls[shape] = Calls(now)
+        if again:
+            calls.again = True
+        by_rank = calls.by_rank
+        if rank in by_rank:
+            if rank not in calls.back:
+                self._repeat(rank, scalars.step, scalars.values)
+                return
+            calls.back -= {rank}
+            self.replaced += len(shape.names)
+        else:
             self._values += len(shape.names)
-            if len(calls) >= len(reached) and self._complete(calls):
-                self._write_calls(step, row)
-                row.written.update(scalars.values)
-            return
-        self._separate(row)
-        self._add_by_name(rank, scalars, row)
+        by_rank[rank] = scalars
+        if len(by_rank) >= len(reached) and self._complete(calls):
+            del row.calls[shape]
+            self._leave(step, row)
+            self._write_calls(step, shape, calls)
 
-    def _complete(self, by_rank: dict[int, Any]) -> bool:
-        return not self._missing_ranks and len(by_rank) >= len(self._reached) and self._reached.keys() <= by_rank.keys()
+    def _new_row(self, step: int, now: float, mixed: bool) -> Row:
+        while self._rows and (len(self._rows) >= WAITING_STEPS or self._values > WAITING_VALUES):
+            self._close(next(iter(self._rows)))
+        behind = not self._missing_ranks and step < min(self._reached.values(), default=step)
+        row = self._rows[step] = Row(now, behind, mixed)
+        return row
 
-    def _separate(self, row: _Row) -> None:
+    def _leave(self, step: int, row: Row) -> None:
+        """Something of this row is written: forget it when nothing else waits in it."""
+        row.mixed = True
+        if not row.calls and not row.names:
+            self._rows.pop(step, None)
+
+    def _complete(self, waiting: Calls | Waiting) -> bool:
+        return not self._missing_ranks and not waiting.back and self._reached.keys() <= waiting.by_rank.keys()
+
+    def _separate(self, row: Row, shape: Shape) -> None:
         """From now on by name."""
-        calls, row.calls, row.shape = row.calls, {}, None
-        for rank, scalars in calls.items():
-            self._values -= len(scalars.values)
-            for key, value in scalars.values.items():
-                self._hold(rank, key, value, scalars, row)
+        calls = row.calls.pop(shape)
+        for rank, scalars in calls.by_rank.items():
+            self._values -= len(shape.names)
+            for name, value in zip(shape.names, scalars.values.values(), strict=True):
+                self._hold(rank, name, value, scalars, row, calls.since, calls.again)
+        for name in shape.names:
+            row.names[name.id].back |= calls.back
 
-    def _hold(self, rank: int, key: str, value: float, scalars: Scalars, row: _Row) -> _Waiting:
-        waiting = row.names.get(key)
+    def _hold(
+        self, rank: int, name: Name, value: float, scalars: Scalars, row: Row, now: float, again: bool
+    ) -> Waiting:
+        waiting = row.names.get(name.id)
         if waiting is None:
-            waiting = row.names[key] = _Waiting(scalars.scope, scalars.time_ns, self._name(key))
+            waiting = row.names[name.id] = Waiting(scalars.scope, scalars.time_ns, now, name)
+        waiting.again |= again
         if rank not in waiting.by_rank:
             self._values += 1
+        elif rank in waiting.back:
+            waiting.back -= {rank}
+            self.replaced += 1
+        else:
+            self._repeat(rank, scalars.step, (name.name,))
+            return waiting
         waiting.by_rank[rank] = value
         waiting.time_ns = max(waiting.time_ns, scalars.time_ns)
         return waiting
 
-    def _add_by_name(self, rank: int, scalars: Scalars, row: _Row) -> None:
-        complete: list[_Waiting] = []
-        late: dict[str, float] = {}
-        for key, value in scalars.values.items():
-            if key in row.written and key not in row.names:
-                late[key] = value
-            elif self._complete(self._hold(rank, key, value, scalars, row).by_rank):
-                complete.append(row.names.pop(key))
-                row.written.add(key)
+    def _add_by_name(self, rank: int, scalars: Scalars, shape: Shape, row: Row, now: float, again: bool) -> None:
+        for other in [other for other in row.calls if not shape.ids.isdisjoint(other.ids)]:
+            self._separate(row, other)
+        complete: list[Waiting] = []
+        for name, value in zip(shape.names, scalars.values.values(), strict=True):
+            if self._complete(self._hold(rank, name, value, scalars, row, now, again)):
+                complete.append(row.names.pop(name.id))
         self._write_names(scalars.step, complete)
+        self._leave(scalars.step, row)
+
+    # What was written before.
+
+    def _fresh(
+        self, rank: int, scalars: Scalars, shape: Shape, written: dict[frozenset[str], Group] | None
+    ) -> tuple[dict[str, float], bool]:
+        """Those of these values that are neither late nor logged again, and whether they replace others."""
+        step = scalars.step
+        again = step < self._written.lowered
+        if step >= self._written.floor and all(shape.ids.isdisjoint(ids) for ids in written or ()):
+            return scalars.values, again
+        fresh: dict[str, float] = {}
+        late: dict[str, float] = {}
+        repeated: dict[str, float] = {}
+        reopened = []
+        for name, (key, value) in zip(shape.names, scalars.values.items(), strict=True):
+            group = self._written.find(step, name.id)
+            if group is None and not self._written.forgotten(step, name.id):
+                fresh[key] = value
+            elif group is None:
+                first = name.reporters != {rank} and self._written.first_below(rank, step, name.id)
+                (late if first else repeated)[key] = value
+            elif rank in group.back:
+                reopened.append(name.id)
+                fresh[key] = value
+            elif rank in group.ranks:
+                repeated[key] = value
+            else:
+                late[key] = value
+        if reopened:
+            self._written.reopen(step, reopened)
         if late:
-            self._write_late(rank, Scalars(scalars.step, scalars.time_ns, scalars.scope, late))
+            self._write_late(rank, scalars, late)
+        if repeated:
+            self._repeat(rank, step, self._differing(scalars, repeated))
+        return fresh, again or bool(reopened)
+
+    def _differing(self, scalars: Scalars, repeated: dict[str, float]) -> list[str]:
+        """Trainers log their epoch with everything: what is the same once more is nothing new."""
+        if scalars.scope != JOB:
+            return list(repeated)
+        return [key for key, value in repeated.items() if self._job.get(key) not in ((scalars.step, value), None)]
+
+    def _repeat(self, rank: int, step: int, names: Iterable[str]) -> None:
+        for name in names:
+            self.repeated += 1
+            self._on_repeated(rank, name, step)
+
+    def _write_late(self, rank: int, scalars: Scalars, late: dict[str, float]) -> None:
+        self.late += len(late)
+        names = {key: self._name(key, scalars.scope) for key in late}
+        for name in names.values():
+            name.reporters.add(rank)
+            name.silent.discard(rank)
+        own = {names[key][rank]: value for key, value in late.items() if not names[key].measured}
+        if own and rank < self._rank_series and scalars.scope != JOB:
+            self._emit(scalars.step, scalars.time_ns, own)
+        self._written.join(rank, scalars.step, frozenset(name.id for name in names.values()))
+
+    # Time passes.
 
     def passed(self, rank: int, step: int) -> None:
         """A rank is at this step, whatever it has logged: it is done with those before."""
@@ -200,126 +286,176 @@ class Aggregator:
             self._reached[rank] = step
 
     def tick(self, now: float) -> None:
-        """Write the steps that every running rank has left behind, or that have waited too long. ``now`` as in add."""
-        reached = -1 if self._missing_ranks else min(self._reached.values(), default=inf)
-        deadline = now - (JOIN_DEADLINE_S if self._missing_ranks else DEADLINE_S)
-        for step in sorted(step for step, row in self._rows.items() if step < reached or row.since <= deadline):
-            self._close(step)
+        """Write what every running rank has left behind, or what has waited long enough. ``now`` as in add."""
+        if self._missing_ranks:
+            lowest: float = -1
+            patience = JOIN_DEADLINE_S
+        else:
+            lowest = min(self._reached.values(), default=inf)
+            patience = PATIENCE_S + len(self._reached) / RANKS_PER_SECOND
+        passed, waited = [], []
+        for step, row in self._rows.items():
+            if step < lowest and not row.behind:
+                passed.append(step)
+            elif row.since <= now - patience:
+                waited.append(step)
+        for step in sorted(passed + waited):
+            row = self._rows[step]
+            if step < lowest and not row.behind:
+                self._close(step)
+            else:
+                self._write_due(step, row, now - patience, now)
+
+    def _write_due(self, step: int, row: Row, before: float, now: float) -> None:
+        """Write what nobody is expected to report any more, of what came ``before`` that time."""
+        for shape, calls in list(row.calls.items()):
+            if calls.since > before or self._all_wait(step, row, shape, calls, now):
+                continue
+            due = [self._is_due(step, row, name, calls, now) for name in shape.names]
+            if all(due):
+                del row.calls[shape]
+                self._write_calls(step, shape, calls)
+            elif any(due):
+                self._separate(row, shape)
+        complete = [
+            key
+            for key, waiting in row.names.items()
+            if waiting.since <= before and self._is_due(step, row, waiting.name, waiting, now)
+        ]
+        self._write_names(step, [row.names.pop(key) for key in complete])
+        row.since = min((waiting.since for waiting in row.all()), default=now)
+        self._leave(step, row)
+
+    def _all_wait(self, step: int, row: Row, shape: Shape, calls: Calls, now: float) -> bool:
+        """Whether the rank that is furthest behind is expected to log all of these names; mostly it is that one."""
+        slowest = min(self._reached, key=self._reached.__getitem__, default=-1)
+        expected = slowest in shape.reporters and slowest not in calls.by_rank
+        return expected and now - calls.since < self._deadline and (row.behind or self._reached[slowest] <= step)
+
+    @property
+    def _deadline(self) -> float:
+        return JOIN_DEADLINE_S if self._missing_ranks else DEADLINE_S
+
+    def _is_due(self, step: int, row: Row, name: Name, waiting: Calls | Waiting, now: float) -> bool:
+        """Whether a name that has waited a while is to be written with what is there."""
+        reached, there = self._reached, waiting.by_rank
+        expected = [
+            rank
+            for rank in name.reporters - there.keys() - name.silent
+            if rank in reached and (row.behind or reached[rank] <= step)
+        ]
+        if now - waiting.since >= self._deadline:
+            self._give_up(name, expected)
+            return True
+        if expected or waiting.back or self._missing_ranks:
+            return False
+        if name.known or all(reached[rank] > step for rank in reached.keys() - there.keys()):
+            return True
+        return max((reached.get(rank, -1) for rank in there), default=-1) >= step + AHEAD
+
+    def _give_up(self, name: Name, ranks: Iterable[int]) -> None:
+        """These ranks are not expected to log this name until they do so again."""
+        for rank in ranks:
+            name.silent.add(rank)
+            for shape in self._shapes.values():
+                if name.id in shape.ids:
+                    shape.reporters.discard(rank)
 
     def flush(self) -> None:
         """Write everything that waits: the run ends."""
         for step in sorted(self._rows):
             self._close(step)
 
-    def _name(self, key: str) -> _Name:
-        name = self._names.get(key)
+    def _close(self, step: int) -> None:
+        row = self._rows.pop(step)
+        for shape, calls in row.calls.items():
+            self._write_calls(step, shape, calls)
+        self._write_names(step, row.names.values())
+
+    # Names.
+
+    def _name(self, key: str, scope: int) -> Name:
+        name = self._names.get(key if scope != RANK else f"ranks/{key}/mean")
         if name is None:
-            name = self._names[key] = _Name(key)
+            name = Name(key, scope)
+            self._names[name.id] = name
+            twin = self._names.get(key if scope == RANK else name.over_ranks[0])
+            if twin is not None:
+                (twin if scope == RANK else name).measured = True
         return name
 
-    def _new_shape(self, scalars: Scalars) -> _Shape:
+    def _shape(self, scalars: Scalars) -> Shape:
+        return self._shapes.get((scalars.scope, *scalars.values)) or self._new_shape(scalars)
+
+    def _new_shape(self, scalars: Scalars) -> Shape:
         if len(self._shapes) >= SHAPES:
             self._shapes.clear()
-        shape = _Shape(scalars.scope, [self._name(key) for key in scalars.values])
+        names = [self._name(key, scalars.scope) for key in scalars.values]
+        shape = Shape(scalars.scope, names, frozenset(name.id for name in names))
         self._shapes[scalars.scope, *scalars.values] = shape
         return shape
 
-    def _close(self, step: int) -> None:
-        row = self._rows.pop(step)
-        self._write_calls(step, row)
-        self._write_names(step, row.names.values())
-        self._closed[step] = None
-        if len(self._closed) > CLOSED_STEPS_KEPT:
-            self._closed.popitem(last=False)
+    @staticmethod
+    def _report(rank: int, shape: Shape) -> None:
+        shape.reporters.add(rank)
+        for name in shape.names:
+            name.reporters.add(rank)
+            name.silent.discard(rank)
 
-    def _write_calls(self, step: int, row: _Row) -> None:
+    # Rows.
+
+    def _write_job(self, rank: int, scalars: Scalars, shape: Shape, again: bool) -> None:
+        """Write what is reduced already."""
+        self._job |= {key: (scalars.step, value) for key, value in scalars.values.items()}
+        (self._emit_again if again else self._emit)(scalars.step, scalars.time_ns, scalars.values)
+        self._written.add(scalars.step, shape.ids, Group(frozenset({rank}), NOBODY))
+
+    def _write_calls(self, step: int, shape: Shape, waiting: Calls) -> None:
         """Write the calls of a step as one row."""
-        calls, shape, row.calls, row.shape = row.calls, row.shape, {}, None
-        if shape is None:
-            return
+        calls = waiting.by_rank
         ranks = sorted(calls)
         if ranks != shape.ranks:
-            shape.ranks, shape.keys = ranks, [self._keys(name, ranks) for name in shape.names]
+            shape.ranks, shape.group = ranks, Group(frozenset(ranks), NOBODY)
+            shape.keys = [self._keys(name, ranks) for name in shape.names]
         self._values -= len(ranks) * len(shape.names)
         values: dict[str, float] = {}
         columns = zip(*[calls[rank].values.values() for rank in ranks], strict=True)
         for name, keys, column in zip(shape.names, shape.keys, columns, strict=True):
-            self._put(values, name, keys, shape.scope, ranks, column)
+            bad = put(values, name, keys, shape.scope, ranks, column)
+            if bad is not None:
+                self._on_nonfinite(bad, name.name, step, calls[bad].time_ns, column[ranks.index(bad)])
         if values:
-            self._emit(step, max([call.time_ns for call in calls.values()]), values)
+            emit = self._emit_again if waiting.again else self._emit
+            emit(step, max([call.time_ns for call in calls.values()]), values)
+        back = waiting.back
+        self._written.add(step, shape.ids, Group(shape.group.ranks - back, back) if back else shape.group)
+        if not shape.known:
+            shape.known = True
+            for name in shape.names:
+                name.known = True
 
-    def _write_names(self, step: int, names: Iterable[_Waiting]) -> None:
+    def _write_names(self, step: int, names: Iterable[Waiting]) -> None:
         """Write these names of a step: as one row, but for those that were logged at another time."""
-        rows: dict[int, dict[str, float]] = {}
+        rows: dict[tuple[int, bool], dict[str, float]] = {}
+        groups: dict[Group, set[str]] = {}
         for waiting in names:
             self._values -= len(waiting.by_rank)
             ranks = sorted(waiting.by_rank)
             column = [waiting.by_rank[rank] for rank in ranks]
             keys = self._keys(waiting.name, ranks)
-            self._put(rows.setdefault(waiting.time_ns, {}), waiting.name, keys, waiting.scope, ranks, column)
-        for time_ns, values in rows.items():
+            row = rows.setdefault((waiting.time_ns, waiting.again), {})
+            bad = put(row, waiting.name, keys, waiting.scope, ranks, column)
+            if bad is not None:
+                self._on_nonfinite(bad, waiting.name.name, step, waiting.time_ns, waiting.by_rank[bad])
+            group = Group(frozenset(ranks) - waiting.back, waiting.back)
+            groups.setdefault(group, set()).add(waiting.name.id)
+            waiting.name.known = True
+        for (time_ns, again), values in rows.items():
             if values:
-                self._emit(step, time_ns, values)
+                (self._emit_again if again else self._emit)(step, time_ns, values)
+        for group, ids in groups.items():
+            self._written.add(step, frozenset(ids), group)
 
-    def _keys(self, name: _Name, ranks: list[int]) -> list[str]:
+    def _keys(self, name: Name, ranks: list[int]) -> list[str]:
         """The series of these ranks, and those over ranks."""
         return [name[rank] for rank in ranks if rank < self._rank_series] + name.over_ranks
-
-    @staticmethod
-    def _put(
-        values: dict[str, float],
-        name: _Name,
-        keys: list[str],
-        scope: int,
-        ranks: list[int],
-        column: Sequence[float],
-    ) -> None:
-        """Add the series of one name to a row. ``ranks`` are in order, so that those with a series come first."""
-        alone = len(name.reporters) == 1
-        if alone and scope == USER:
-            values[name.name] = column[0]
-            return
-        shown = len(keys) - len(OVER_RANKS)
-        if alone:
-            values.update(zip(keys, column[:shown], strict=False))
-            return
-        reduced, nonfinite = over_ranks(ranks, column)
-        if scope == USER:
-            values[name.name] = reduced[0]
-        values.update(zip(keys, (*column[:shown], *reduced), strict=False))
-        if nonfinite:
-            values[f"ranks/{name.name}/nonfinite"] = float(nonfinite)
-
-    def _write_late(self, rank: int, scalars: Scalars) -> None:
-        for key, value in scalars.values.items():
-            name = self._name(key)
-            name.reporters.add(rank)
-            if name.reporters == {rank} and scalars.scope != RANK:
-                # Nobody else logs this name, so nothing was reduced without it.
-                self._emit(scalars.step, scalars.time_ns, {key: value})
-                continue
-            self.late += 1
-            if rank < self._rank_series:
-                self._emit(scalars.step, scalars.time_ns, {name[rank]: value})
-
-
-def over_ranks(ranks: Sequence[int], column: Sequence[float]) -> tuple[list[float], int]:
-    """The values of :data:`OVER_RANKS` over those that are finite, and how many are not; only NaN where none is.
-
-    Args:
-        ranks: in order.
-        column: the value of each.
-    """
-    ordered = sorted(column)
-    total, nonfinite = sum(ordered), 0
-    if not isfinite(total):
-        ordered = sorted(filter(isfinite, column))
-        nonfinite = len(column) - len(ordered)
-        if not ordered:
-            return [nan], nonfinite
-        total = sum(ordered)
-    count, highest = len(ordered), ordered[-1]
-    # The sum may overflow although no value does.
-    mean = total / count if isfinite(total) else sum(value / count for value in ordered)
-    p95 = ordered[count - count // 20 - 1]
-    return [mean, ordered[0], highest, p95, float(ranks[column.index(highest)])], nonfinite

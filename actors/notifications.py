@@ -9,7 +9,7 @@ from swanlab_ray.actors.cards import Message, Words, same
 from swanlab_ray.actors.mailbox import Mailbox
 from swanlab_ray.actors.protocol import RankStatus, WriterStatus
 from swanlab_ray.actors.rules import Fired
-from swanlab_ray.actors.status import HANGS, duration, standstill
+from swanlab_ray.actors.status import HANGS, REPEATED, duration, standstill
 
 START_PATIENCE_S = 60.0
 """How long the first message waits for all ranks, and for SwanLab to say where the run is."""
@@ -23,7 +23,7 @@ STRAGGLER_S = 60.0
 RESTARTED = "The training was started again,"
 MOVES_AGAIN = "Ranks make steps again"
 ONLY_RANK_0 = "Only rank 0 has reported"
-_TOLD_OTHERWISE = ("Lark ", "A notification ", "Alert: ", "The journal is written again.", HANGS, ONLY_RANK_0)
+_TOLD_OTHERWISE = ("Lark ", "A notification ", "Alert: ", "The journal is written again.", HANGS, ONLY_RANK_0, REPEATED)
 """How notices begin that are no notification of their own."""
 
 _ENDS = {
@@ -117,13 +117,14 @@ class Notifications:
 
     def fire(self, fired: Fired, status: WriterStatus, now: float) -> None:
         """A rule on metrics has come true."""
-        found = f"{fired.value:.6g} at step {fired.step}"
+        found = f"{fired.value:.6g} at step {fired.step}" + ("" if fired.rank is None else f" on rank {fired.rank}")
         sentence = f"Alert: {fired.rule} ({found})"
         if sentence not in self._noticed:
             self._noticed.add(sentence)
             self._notice(sentence)
         title = Words(f"Alert: {fired.rule}", f"指标提醒：{fired.rule}")
-        text = Words(f"It is {found}.", f"第 {fired.step} 步的值为 {fired.value:.6g}。")
+        whose = "" if fired.rank is None else f"（进程 {fired.rank}）"
+        text = Words(f"It is {found}.", f"第 {fired.step} 步的值为 {fired.value:.6g}{whose}。")
         self._tell(sentence, title, "orange", status, now, text, topic=fired.rule)
 
     def end(self, status: WriterStatus, now: float, timeout: float) -> int:

@@ -358,8 +358,10 @@ class WriterStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Spans that ranks had to drop."""
     late: int
     """Values that came after their step was reduced over ranks."""
+    repeated: int = 0
+    """Values of a rank for a name at a step that it had logged before: the first one stands."""
     rejected: int
-    """Values, and whole calls, that are no numbers or otherwise wrong."""
+    """Values, and whole calls, that are no numbers or otherwise wrong; events that could not be worked off."""
     spooled: int
     """Events that ranks keep on their own disks."""
     dropped: int

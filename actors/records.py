@@ -17,7 +17,7 @@ from swanlab_ray.actors.protocol import State
 
 VERSION = 1
 
-REDUCTION_VERSION = 1
+REDUCTION_VERSION = 2
 """Rises with every change of which rows the same entries reduce to: what was delivered is counted in rows."""
 
 _CONTROL, _BATCH = b"C", b"B"

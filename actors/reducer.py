@@ -14,14 +14,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from swanlab_ray.actors.completions import CompletionBuffer
-from swanlab_ray.actors.history import Damaged, Follower, find_runs, merged
-from swanlab_ray.actors.journal import Position
+from swanlab_ray.actors.history import Damaged, Follower, RunFiles, find_runs, merged
+from swanlab_ray.actors.journal import Position, journal_files
 from swanlab_ray.actors.protocol import Event
 from swanlab_ray.actors.records import Batch, Entry, Finished, UnknownFormat
 from swanlab_ray.actors.reduction import Reduction
 from swanlab_ray.actors.rules import Fired, Rules
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.sink import Sink, stderr
+from swanlab_ray.actors.sink import Sink, brief, stderr
 from swanlab_ray.actors.supersession import supersession
 from swanlab_ray.actors.swanlab_run import SwanLabRun
 from swanlab_ray.actors.tables import Table
@@ -78,8 +78,10 @@ class Reducer:
         self._settings = settings
         self._notice = notice
         self.sink = make_sink()
-        self._reduction = Reduction(self, settings, notice=notice)
         self._rules = Rules(settings.alerts, since_ns)
+        self._reduction = Reduction(
+            self, settings, notice=notice, emit_again=self._write_replacing, on_nonfinite=self._look_at_nonfinite
+        )
         self._fired: deque[Fired] = deque(maxlen=FIRED)
         self._queue: deque[_Item] = deque()
         self._events = 0
@@ -97,6 +99,16 @@ class Reducer:
     def late(self) -> int:
         """Values that came after their step was written."""
         return self._reduction.late
+
+    @property
+    def repeated(self) -> int:
+        """Values of a rank for a name at a step that it had logged before."""
+        return self._reduction.repeated
+
+    @property
+    def refused(self) -> int:
+        """Events that could not be worked off."""
+        return self._reduction.refused
 
     @property
     def completions(self) -> CompletionBuffer:
@@ -189,10 +201,16 @@ class Reducer:
                     self._excuse()
                 if self._ended:
                     return
-        except (OSError, UnknownFormat) as error:
+        except Exception as error:  # of reading; tried again it would be the same
+            if not isinstance(error, (OSError, UnknownFormat)):
+                stderr(traceback.format_exc())
             self.sink.complete = False
-            self._notice(f"The journal cannot be read ({error}); SwanLab misses a part of this run.")
+            self._notice(f"The journal cannot be read ({brief(error)}); SwanLab misses a part of this run.")
             self._follower.position = until
+            if self._finished is not None:  # which may be in that part
+                self._reduction.flush()
+                self._end(self._finished)
+                return
         finally:
             self.sink.waits = patient
         with self._changed:
@@ -203,35 +221,66 @@ class Reducer:
         self._reduction.take(entry, events)
         finished = self._finished
         if isinstance(entry, Finished) and finished is not None and entry.time_ns == finished.time_ns:
+            self._end(finished)
+
+    def _end(self, finished: Finished) -> None:
+        """Close SwanLab's run, whatever happens."""
+        try:
             if self._reduction.rewound and isinstance(self.sink, SwanLabRun):
                 self._write_again(self.sink)
+        except Exception as error:
+            stderr(traceback.format_exc())
+            self.sink.complete = False
+            self._notice(
+                f"Steps were run again, and SwanLab's run could not be written anew ({brief(error)}). "
+                f"{self._in_the_journal}"
+            )
+        finally:
             self._ended = True
             self.sink.complete = self.sink.complete and not self._reduction.unread
-            self.sink.finish(entry.state, entry.error)
+            self.sink.finish(finished.state, finished.error)
 
     def _write_again(self, sink: SwanLabRun) -> None:
-        """Steps were run again by a resumed training, and a SwanLab run on disk keeps the first value of a step."""
+        """Steps were run again by a training that was resumed, and a SwanLab run on disk keeps the first value."""
         if sink.written > REWRITE_SCALARS[sink.mode]:
-            self._notice(
-                "Steps were run again after a restart; this SwanLab run shows their first values. "
-                f"The later ones are in the journal: swanlab-ray sync {self._follower.directory}"
-            )
+            sink.complete = False
+            self._notice(f"Steps were run again; this SwanLab run shows their first values. {self._in_the_journal}")
             return
+        run = self._files()
+        superseded = supersession(run)
         sink.restart()
         self.sink = again = self._make_sink()
         again.waits = True
         again.hurry()
-        (run,) = find_runs([self._follower.directory])
-        reduction = Reduction(again, self._settings, supersession(run))
+        reduction = Reduction(again, self._settings, superseded)
         for found in merged(run):
             if not isinstance(found, Damaged):
                 reduction.take(found)
         reduction.flush()
 
+    def _files(self) -> RunFiles:
+        """The files of this run; there may be stray ones of others beside them."""
+        directory = self._follower.directory
+        own = journal_files(directory)[self._follower.position.epoch].resolve()
+        return next(run for run in find_runs([directory]) if own in run.journals)
+
+    @property
+    def _in_the_journal(self) -> str:
+        return f"The later ones are in the journal: swanlab-ray sync {self._follower.directory}"
+
     def write(self, step: int, time_ns: int, values: dict[str, float], table: Table | None = None) -> None:
         """Pass on a row of the reduction."""
         self.sink.write(step, time_ns, values, table)
         self._fired += self._rules.look(step, time_ns, values)
+
+    def _write_replacing(self, step: int, time_ns: int, values: dict[str, float]) -> None:
+        """Pass on a row that replaces another: a SwanLab run on disk would keep the first one, and is written again."""
+        if not isinstance(self.sink, SwanLabRun):
+            self.sink.write(step, time_ns, values)
+        self._fired += self._rules.look(step, time_ns, values)
+
+    def _look_at_nonfinite(self, rank: int, name: str, step: int, time_ns: int, value: float) -> None:
+        self._fired += self._rules.nonfinite(rank, name, step, time_ns, value)
 
     def fired(self) -> list[Fired]:
         """Rules that have come true since this was asked last."""

@@ -7,12 +7,15 @@ Time is what the entries say, never the clock, so the same entries always give t
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any, Protocol
 
-from swanlab_ray.actors.aggregate import Aggregator
+from swanlab_ray.actors.aggregate import Aggregator, Emit, NonFinite
 from swanlab_ray.actors.batches import undecodable
+from swanlab_ray.actors.clock import Clock
 from swanlab_ray.actors.completions import TABLE, CompletionBuffer, CompletionRow
 from swanlab_ray.actors.history import Sequence
+from swanlab_ray.actors.passes import Passes
 from swanlab_ray.actors.protocol import (
     Completions,
     Config,
@@ -26,11 +29,14 @@ from swanlab_ray.actors.protocol import (
 )
 from swanlab_ray.actors.records import Arrived, Batch, Ended, Entry, Finished, Returned, Tick
 from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.status import REPEATED
 from swanlab_ray.actors.supersession import Supersession
 from swanlab_ray.actors.tables import Decoder, Table, table
 from swanlab_ray.actors.timings import Timings
 
 TICK_S = 0.2
+STEPS = 1 << 63
+"""Steps are below this."""
 
 
 class Output(Protocol):
@@ -49,8 +55,10 @@ class Reduction:
     Args:
         output: takes each row.
         settings: of the run: which series and tables there are.
-        superseded: what later lives have replaced, where that is known beforehand.
+        superseded: what later lives, or a training that went back, have replaced, where that is known beforehand.
         notice: takes a sentence for the user.
+        emit_again: takes the rows that replace earlier ones of the same step; by default as any other.
+        on_nonfinite: see :class:`Aggregator`.
     """
 
     def __init__(
@@ -59,33 +67,51 @@ class Reduction:
         settings: ObserverSettings,
         superseded: Supersession | None = None,
         notice: Callable[[str], None] = lambda sentence: None,
+        emit_again: Emit | None = None,
+        on_nonfinite: NonFinite = lambda rank, name, step, time_ns, value: None,
     ) -> None:
         self._output = output
-        self._aggregator = Aggregator(output.write, settings.rank_series)
-        self._superseded = superseded
         self._notice = notice
+        self._emit_again = emit_again or output.write
+        self._failure: Exception | None = None  # of the output
+        self._aggregator = Aggregator(
+            self._write, settings.rank_series, self._write_again, self._on_repeated, on_nonfinite
+        )
+        self._passes = Passes(self._aggregator.logged)
+        self._superseded = superseded
         self._decoder = Decoder(notice)
         self._characters = settings.completion_max_chars
         self.completions = CompletionBuffer(
             settings.completion_max_buffer, settings.completion_log_interval, self._write_table
         )
-        self.timings = Timings(output.write, notice)
+        self.timings = Timings(self._write, notice, self._write_again)
         self._sequence = Sequence()
+        self._clock = Clock()
         self._lives: dict[int, str] = {}
+        self._passed_lives: dict[int, str] = {}  # the same, with the passes of a training that went back kept apart
         self._running: set[int] = set()
         self._arrived: set[int] = set()
         self._again: set[int] = set()  # ranks whose present life has not logged yet
         self._world_size = 0
         self._next_tick = 0.0
+        self._refused: set[str] = set()
+        self._told_repeated = False
         self.unread = 0
         """Batches that cannot be decoded."""
         self.rewound = False
-        """A later life has logged steps again that an earlier one had logged."""
+        """Steps were logged again, by a later life or a training that went back."""
+        self.refused = 0
+        """Events that could not be worked off."""
 
     @property
     def late(self) -> int:
         """Values that came after their step was written."""
         return self._aggregator.late + self.timings.late
+
+    @property
+    def repeated(self) -> int:
+        """Values of a rank for a name at a step that it had logged before."""
+        return self._aggregator.repeated + self.timings.repeated
 
     @property
     def waiting(self) -> bool:
@@ -102,7 +128,7 @@ class Reduction:
                 self._arrive(entry)
             case Ended():
                 if self._lives.get(entry.rank) == entry.life:
-                    self._end_spans(entry.rank, entry.time_ns / 1e9)
+                    self._end_spans(entry.rank, self._clock.read(entry.time_ns))
                     self._running.discard(entry.rank)
                     self._members_changed()
             case Returned():
@@ -110,7 +136,7 @@ class Reduction:
                     self._running.add(entry.rank)
                     self._members_changed()
             case Tick():
-                self._tick(entry.time_ns / 1e9)
+                self._tick(self._clock.read(entry.time_ns))
             case Finished():
                 self.flush()
                 self._running.clear()
@@ -119,7 +145,7 @@ class Reduction:
     def flush(self) -> None:
         """Write what still waits: there are no more entries."""
         for rank in self._lives:
-            self._end_spans(rank, 0.0)
+            self._end_spans(rank, self._clock.now)
         self.timings.flush()
         self._aggregator.flush()
         self.completions.flush()
@@ -139,52 +165,114 @@ class Reduction:
             return []
 
     def _take_batch(self, batch: Batch, events: list[Event]) -> None:
-        now = batch.received_ns / 1e9
+        now = self._clock.read(batch.received_ns)
         if batch.rank not in self._arrived and self._lives.get(batch.rank) == batch.life:
             self._arrived.add(batch.rank)
             self._members_changed()
-        for event in events:
-            match event:
-                case Scalars():
-                    if batch.rank in self._again or self._superseded is not None:
-                        self._take_again(batch, event, now)
-                    else:
-                        self._aggregator.add(batch.rank, event, now)
-                    if self.completions.waiting:
-                        self.completions.passed(batch.rank, event.step - 1)
-                case Progress():
-                    self.completions.passed(batch.rank, event.step)
-                    self.timings.passed(batch.rank, event.step)
-                case Spans():
-                    self.timings.take(batch.rank, event, now, self._standing(batch.rank, batch.life))
-                case Completions():
-                    self._take_completions(batch, event, now)
-                case Tokenizer():
-                    self._decoder.learn(event)
-                case Config():
-                    self._output.config(event.values)
+        if self._superseded is None:
+            self._take_events(batch, batch.life, events, now)
+        else:
+            for turn, (life, part) in enumerate(self._superseded.parts(batch, events)):
+                if turn:
+                    self._end_spans(batch.rank, now)
+                if batch.life == self._lives.get(batch.rank):
+                    self._passed_lives[batch.rank] = life
+                self._take_events(batch, life, part, now)
         if now >= self._next_tick:
             self._next_tick = now + TICK_S
             self._tick(now)
 
-    def _take_again(self, batch: Batch, scalars: Scalars, now: float) -> None:
+    def _take_events(self, batch: Batch, life: str, events: list[Event], now: float) -> None:
+        """Take events one after the other; one that cannot be worked off costs none of the others."""
+        left = iter(events)
+        highest = self._passes.highest
+        rank = batch.rank
+        while True:
+            try:
+                for event in left:
+                    match event:
+                        case Scalars():
+                            step = event.step
+                            if not 0 <= step < STEPS:
+                                raise ValueError(f"step {step} is not from 0 to 2**63 - 1")
+                            if rank in self._again or self._superseded is not None:
+                                self._take_again(rank, life, event, now)
+                            else:
+                                if step > highest.get(rank, inf):
+                                    highest[rank] = step
+                                elif self._passes.goes_back(rank, event):
+                                    self._go_back(rank, step, now)
+                                self._aggregator.add(rank, event, now)
+                            if self.completions.waiting:
+                                self.completions.passed(rank, step - 1)
+                        case Progress():
+                            self._take_progress(rank, event, now)
+                        case Spans():
+                            self.timings.take(rank, event, now, self._standing(rank, life))
+                        case Completions():
+                            self._take_completions(rank, life, event, now)
+                        case Tokenizer():
+                            self._decoder.learn(event)
+                        case Config():
+                            self._output.config(event.values)
+                return
+            except Exception as error:
+                if error is self._failure:
+                    raise  # it is not the event's
+                self._refuse(rank, _described(event), error)
+
+    def _refuse(self, rank: int, what: str, error: Exception, events: int = 1) -> None:
+        """Count what could not be worked off, and say so once for each kind of it."""
+        self.refused += events
+        if what not in self._refused and len(self._refused) < 100:
+            self._refused.add(what)
+            self._notice(f"{what} of rank {rank} is not in SwanLab: {type(error).__name__}: {str(error)[:200]}.")
+
+    def _on_repeated(self, rank: int, name: str, step: int) -> None:
+        if not self._told_repeated:
+            self._told_repeated = True
+            self._notice(
+                f"{REPEATED}rank {rank} has logged {name!r} at step {step} before. The first value stands, and the "
+                "journal has all of them: let the steps count on, over epochs too."
+            )
+
+    def _take_again(self, rank: int, life: str, scalars: Scalars, now: float) -> None:
         """A value of a life that is not the only one of its rank, or may not be."""
-        self._resumed_at(batch.rank, scalars.step)
-        kept = self._superseded.standing(batch.rank, batch.life, scalars) if self._superseded else scalars
+        self._resumed_at(rank, scalars.step)
+        if self._superseded is None:
+            self._passes.goes_back(rank, scalars)
+        kept = self._superseded.standing(rank, life, scalars) if self._superseded else scalars
         if kept is not None:
-            self._aggregator.add(batch.rank, kept, now)
+            self._aggregator.add(rank, kept, now)
+
+    def _take_progress(self, rank: int, progress: Progress, now: float) -> None:
+        if self._superseded is None and self._passes.says_it_is_at(rank, progress.step):
+            self._go_back(rank, progress.step + 1, now)
+        self.completions.passed(rank, progress.step)
+        self.timings.passed(rank, progress.step)
+
+    def _go_back(self, rank: int, step: int, now: float) -> None:
+        """The training of a rank goes back, in the life that it is in, and runs its steps from this one on again."""
+        self._end_spans(rank, now)
+        self.rewound = True
+        self.completions.rewind(rank, step)
+        self._aggregator.rewind(rank, step)
+        self.timings.rewind(rank, step)
 
     def _standing(self, rank: int, life: str) -> Callable[[Scalars], Scalars | None]:
         superseded = self._superseded
         return lambda scalars: superseded.standing(rank, life, scalars) if superseded is not None else scalars
 
     def _end_spans(self, rank: int, now: float) -> None:
-        self.timings.end_rank(rank, now, self._standing(rank, self._lives[rank]))
+        life = self._passed_lives.get(rank) or self._lives.get(rank, "")
+        self.timings.end_rank(rank, now, self._standing(rank, life))
 
-    def _take_completions(self, batch: Batch, event: Completions, now: float) -> None:
-        self._resumed_at(batch.rank, event.step)
-        if self._superseded is None or self._superseded.stands(batch.rank, batch.life, event.step, TABLE):
-            self.completions.add(batch.rank, event, now)
+    def _take_completions(self, rank: int, life: str, event: Completions, now: float) -> None:
+        if not 0 <= event.step < STEPS:
+            raise ValueError(f"step {event.step} is not from 0 to 2**63 - 1")
+        self._resumed_at(rank, event.step)
+        if self._superseded is None or self._superseded.stands(rank, life, event.step, TABLE):
+            self.completions.add(rank, event, now)
 
     def _resumed_at(self, rank: int, step: int) -> None:
         """The first that a rank's new life logs says where its training goes on."""
@@ -193,18 +281,34 @@ class Reduction:
             self.completions.rewind(rank, step)
             if step <= max(self._aggregator.highest_step, self.completions.highest_step):
                 self.rewound = True
-                self._aggregator.rewind(step)
-                self.timings.rewind(step)
+                self._aggregator.rewind(rank, step)
+                self.timings.rewind(rank, step)
+
+    def _write(self, step: int, time_ns: int, values: dict[str, float], table: Table | None = None) -> None:
+        try:
+            self._output.write(step, time_ns, values, table)
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _write_again(self, step: int, time_ns: int, values: dict[str, float]) -> None:
+        try:
+            self._emit_again(step, time_ns, values)
+        except Exception as error:
+            self._failure = error
+            raise
 
     def _write_table(self, step: int, rows: list[CompletionRow]) -> None:
         made = table(rows, self._decoder.text, self._characters)
-        self._output.write(step, rows[-1].time_ns, {}, made)
+        self._write(step, rows[-1].time_ns, {}, made)
 
     def _arrive(self, arrived: Arrived) -> None:
         earlier = self._lives.get(arrived.rank)
         if earlier == arrived.life and arrived.rank in self._running:
             return
         self._lives[arrived.rank] = arrived.life
+        self._passed_lives.pop(arrived.rank, None)
+        self._passes.restart_rank(arrived.rank)
         if earlier not in (None, arrived.life):
             self._again.add(arrived.rank)
             self._arrived.clear()  # the job may have been started again: who is still there will be heard
@@ -224,3 +328,9 @@ class Reduction:
         self._aggregator.set_ranks(self._running, missing)
         self.timings.set_ranks(self._running, missing)
         self.completions.set_ranks(self._running, missing)
+
+
+def _described(event: Event) -> str:
+    if isinstance(event, Scalars):
+        return f"What was logged as {', '.join(map(repr, list(event.values)[:3]))}"
+    return f"An event ({type(event).__name__})"

@@ -1,6 +1,7 @@
 """Rules on metrics, such as ``loss < 1.0`` or ``no improvement of eval/loss for 2000 steps``: parsed, and watched.
 
-They see what SwanLab gets, under its names: ``loss`` is the mean over ranks, ``rank/3/loss`` is one rank's.
+They see what SwanLab gets, under its names: ``loss`` is the mean over ranks, ``rank/3/loss`` is one rank's. A rule on
+NaN also sees what each rank has logged or measured itself: a Trainer leaves NaN out of the loss that it logs.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Fired(NamedTuple):
     rule: str
     step: int
     value: float
+    rank: int | None = None
+    """Whose value it is, where that is one rank's."""
 
 
 @dataclass(slots=True)
@@ -78,14 +81,20 @@ class _Nan:
 
     def look(self, step: int, values: Mapping[str, float]) -> float | None:
         """The value that makes it come true."""
-        value = values.get(self.metric)
+        metric = self.metric
+        measured = (metric, f"ranks/{metric}/mean", f"rank/0/{metric}")  # of a rank's own measurement no plain name
+        value = next((values[name] for name in measured if name in values), None)
         if value is None:
             return None
-        if math.isfinite(value) and not values.get(f"ranks/{self.metric}/nonfinite"):
+        if math.isfinite(value) and not values.get(f"ranks/{metric}/nonfinite"):
             self._good += 1
             return None
+        return (math.nan if math.isfinite(value) else value) if self.fires() else None
+
+    def fires(self) -> bool:
+        """It has come true: whether that is to be told."""
         armed, self._good = self._good >= REARM_VALUES, 0
-        return (math.nan if math.isfinite(value) else value) if armed else None
+        return armed
 
 
 @dataclass(slots=True)
@@ -165,7 +174,19 @@ class Rules:
         fired = []
         for number, rule in enumerate(self._rules):
             value = rule.look(step, values)
-            if value is not None and self._left[number] and time_ns >= self._since_ns:
-                self._left[number] -= 1
+            if value is not None and self._is_told(number, time_ns):
                 fired.append(Fired(rule.text, step, value))
         return fired
+
+    def nonfinite(self, rank: int, name: str, step: int, time_ns: int, value: float) -> list[Fired]:
+        """What comes true with a rank's own value that is NaN or infinite, before it is reduced."""
+        return [
+            Fired(rule.text, step, value, rank)
+            for number, rule in enumerate(self._rules)
+            if isinstance(rule, _Nan) and rule.metric == name and rule.fires() and self._is_told(number, time_ns)
+        ]
+
+    def _is_told(self, number: int, time_ns: int) -> bool:
+        told = self._left[number] > 0 and time_ns >= self._since_ns
+        self._left[number] -= told
+        return told

@@ -6,6 +6,8 @@ from swanlab_ray.actors.protocol import Hang, WriterStatus
 from swanlab_ray.actors.text import first_line
 
 HANGS = "No rank has made a step"
+REPEATED = "Logged twice: "
+"""How these sentences begin."""
 
 
 def ending(status: WriterStatus) -> str:
@@ -41,7 +43,7 @@ def status_line(status: WriterStatus) -> str:
         parts.append(f"straggler {status.straggler}")
     if status.spans_dropped:
         parts.append(f"spans dropped {status.spans_dropped}")
-    for name in ("spooled", "thinned", "withheld", "late", "rejected"):
+    for name in ("spooled", "thinned", "withheld", "late", "repeated", "rejected"):
         if count := getattr(status, name):
             parts.append(f"{name} {count}")
     if status.error:

@@ -1,48 +1,74 @@
-"""What a training that was resumed has replaced."""
+"""What a training that was resumed, or that went back within a life of its process, has replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from swanlab_ray.actors.batches import BatchReader
 from swanlab_ray.actors.completions import TABLE
 from swanlab_ray.actors.history import RunFiles, merged
-from swanlab_ray.actors.protocol import Completions, Scalars, Spans
+from swanlab_ray.actors.passes import Passes
+from swanlab_ray.actors.protocol import RANK, Completions, Event, Progress, Scalars, Spans
 from swanlab_ray.actors.records import Arrived, Batch
 from swanlab_ray.actors.spans import PREFIX, spans_of
+from swanlab_ray.actors.written import NOBODY, Group, Written
 
 
 class Supersession:
-    """Which values a later life of a rank has replaced.
+    """Which values a later pass of a rank's training has replaced.
 
-    A training that is resumed from a checkpoint runs some steps again. From the first step on at which a later life
-    logs a name, what earlier lives of that rank logged under that name does not stand any more.
+    A training that is resumed from a checkpoint runs some steps again. From the first step on at which a later pass
+    logs a name, what earlier ones of that rank logged under that name does not stand any more. A pass is a life of the
+    rank's process, or, where the training goes back within it, a part of that.
     """
 
     def __init__(self) -> None:
-        self._lives: dict[int, list[str]] = {}
+        self._passes: dict[int, list[str]] = {}
         self._first: dict[tuple[int, str], dict[str, int]] = {}
+        self._turns: dict[tuple[int, str], list[tuple[int, int]]] = {}
         self.any = False
 
-    def arrived(self, rank: int, life: str) -> None:
-        """A life begins."""
-        lives = self._lives.setdefault(rank, [])
-        if life not in lives:
-            lives.append(life)
+    def arrived(self, rank: int, life: str) -> bool:
+        """A life begins; whether it is a new one."""
+        passes = self._passes.setdefault(rank, [])
+        if life in passes:
+            return False
+        passes.append(life)
+        return True
 
-    def logged(self, rank: int, life: str, step: int, names: Iterable[str]) -> None:
-        """Take note of what a life that is not the first has logged."""
-        lives = self._lives.get(rank)
-        if not lives or lives[0] == life:
+    def turned(self, rank: int, life: str, seq: int, index: int) -> None:
+        """With this event of this batch the training has gone back, in the latest life of the rank."""
+        turns = self._turns.setdefault((rank, life), [])
+        turns.append((seq, index))
+        self._passes.setdefault(rank, [life]).append(_pass(life, len(turns)))
+
+    def latest(self, rank: int, life: str) -> str:
+        """The pass that this life is in, while the run is read."""
+        return _pass(life, len(self._turns.get((rank, life), ())))
+
+    def parts(self, batch: Batch, events: list[Event]) -> Iterator[tuple[str, list[Event]]]:
+        """A batch's events by the pass that they belong to; at least one part."""
+        turns = self._turns.get((batch.rank, batch.life), [])
+        begun = sum(seq < batch.seq for seq, _ in turns)
+        at = 0
+        for index in (index for seq, index in turns if seq == batch.seq):
+            yield _pass(batch.life, begun), events[at:index]
+            begun, at = begun + 1, index
+        yield _pass(batch.life, begun), events[at:]
+
+    def logged(self, rank: int, life: str, event: Event) -> None:
+        """Take note of what a pass that is not the first has logged."""
+        passes = self._passes.get(rank)
+        if not passes or passes[0] == life:
             return
         first = self._first.setdefault((rank, life), {})
-        for name in names:
+        for step, name in _logged(event):
             if step < first.get(name, step + 1):
                 first[name] = step
                 self.any = True
 
     def stands(self, rank: int, life: str, step: int, name: str) -> bool:
-        """Whether what this life has logged at this step under this name has not been replaced."""
+        """Whether what this pass has logged at this step under this name has not been replaced."""
         return all(step < first.get(name, step + 1) for first in self._later(rank, life))
 
     def standing(self, rank: int, life: str, scalars: Scalars) -> Scalars | None:
@@ -55,26 +81,73 @@ class Supersession:
         return Scalars(scalars.step, scalars.time_ns, scalars.scope, kept) if kept else None
 
     def _later(self, rank: int, life: str) -> list[dict[str, int]]:
-        """From which step on each later life has logged a name."""
-        lives = self._lives.get(rank, [])
-        if not self.any or life not in lives or lives[-1] == life:
+        """From which step on each later pass has logged a name."""
+        passes = self._passes.get(rank, [])
+        if not self.any or life not in passes or passes[-1] == life:
             return []
-        return [self._first.get((rank, other), {}) for other in lives[lives.index(life) + 1 :]]
+        return [self._first.get((rank, other), {}) for other in passes[passes.index(life) + 1 :]]
+
+
+def _pass(life: str, number: int) -> str:
+    return f"{life}, pass {number}" if number else life
+
+
+def _logged(event: Event) -> Iterator[tuple[int, str]]:
+    match event:
+        case Scalars():
+            yield from ((event.step, name) for name in event.values)
+        case Completions():
+            yield event.step, TABLE
+        case Spans():
+            yield from ((span.step, PREFIX + span.name) for span in spans_of(event))
+
+
+class _Turns:
+    """Finds where the training of a rank goes back within a life."""
+
+    def __init__(self) -> None:
+        self._lives: dict[int, str] = {}
+        self._written: dict[int, Written] = {}
+        self._passes = Passes(lambda rank, scalars: self._written[rank].holds(rank, scalars.step, _ids(scalars)))
+
+    def restart_rank(self, rank: int, life: str) -> None:
+        """A new life begins."""
+        self._lives[rank] = life
+        self._written.pop(rank, None)
+        self._passes.restart_rank(rank)
+
+    def look(self, rank: int, life: str, event: Event) -> bool:
+        """Whether the rank has gone back when it logs this."""
+        if self._lives.setdefault(rank, life) != life:
+            return False  # of a life that is over
+        written = self._written.setdefault(rank, Written())
+        back = None
+        if isinstance(event, Scalars):
+            back = event.step if self._passes.goes_back(rank, event) else None
+        elif isinstance(event, Progress):
+            back = event.step + 1 if self._passes.says_it_is_at(rank, event.step) else None
+        if back is not None:
+            written.rewind(rank, back)
+        if isinstance(event, Scalars):
+            written.add(event.step, _ids(event), Group(frozenset({rank}), NOBODY))
+        return back is not None
+
+
+def _ids(scalars: Scalars) -> frozenset[str]:
+    """What is measured on a rank is apart from what the user logs under the same name."""
+    return frozenset(f"ranks/{name}" for name in scalars.values) if scalars.scope == RANK else frozenset(scalars.values)
 
 
 def supersession(run: RunFiles) -> Supersession:
-    """Read a run for the lives that replace others. Costs next to nothing where no rank was started twice."""
-    found, batches = Supersession(), BatchReader()
+    """Read a run for the lives that replace others, and for trainings that went back."""
+    found, turns, batches = Supersession(), _Turns(), BatchReader()
     for entry in merged(run):
         if isinstance(entry, Arrived):
-            found.arrived(entry.rank, entry.life)
-        elif isinstance(entry, Batch) and found._lives.get(entry.rank, [entry.life])[0] != entry.life:
-            for event in batches.events(entry):
-                if isinstance(event, Scalars):
-                    found.logged(entry.rank, entry.life, event.step, event.values)
-                elif isinstance(event, Completions):
-                    found.logged(entry.rank, entry.life, event.step, [TABLE])
-                elif isinstance(event, Spans):
-                    for span in spans_of(event):
-                        found.logged(entry.rank, entry.life, span.step, [PREFIX + span.name])
+            if found.arrived(entry.rank, entry.life):
+                turns.restart_rank(entry.rank, entry.life)
+        elif isinstance(entry, Batch):
+            for index, event in enumerate(batches.events(entry)):
+                if turns.look(entry.rank, entry.life, event):
+                    found.turned(entry.rank, entry.life, entry.seq, index)
+                found.logged(entry.rank, found.latest(entry.rank, entry.life), event)
     return found

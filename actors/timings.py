@@ -32,15 +32,18 @@ class Timings:
     Args:
         emit: receives what is to be written.
         notice: takes a sentence for the user.
+        emit_again: receives what replaces earlier rows; by default as any other.
     """
 
-    def __init__(self, emit: Emit, notice: Callable[[str], None]) -> None:
+    def __init__(self, emit: Emit, notice: Callable[[str], None], emit_again: Emit | None = None) -> None:
         self._emit = emit
         self._notice = notice
         self._ranks: dict[int, RankSpans] = {}
-        self._aggregator = Aggregator(self._write, rank_series=0)
+        self._emit_again = emit_again or emit
+        self._aggregator = Aggregator(self._write, 0, self._write_again)
         self._stragglers = Stragglers()
         self._straggler_pace = _Pace()
+        self._told_straggler = -1  # the highest step
         self._paces: dict[str, _Pace] = {}
         self._too_many = False
         self.dropped = 0
@@ -79,9 +82,9 @@ class Timings:
         self._aggregator.set_ranks(running, missing)
         self._stragglers.set_ranks(running, missing)
 
-    def rewind(self, step: int) -> None:
-        """Steps from this one on are run again."""
-        self._aggregator.rewind(step)
+    def rewind(self, rank: int, step: int) -> None:
+        """From this step on a rank runs its steps again."""
+        self._aggregator.rewind(rank, step)
 
     def passed(self, rank: int, step: int) -> None:
         """A rank is at this step. Its spans may come later than it says so."""
@@ -92,6 +95,11 @@ class Timings:
     def late(self) -> int:
         """Values that came after their step was written."""
         return self._aggregator.late
+
+    @property
+    def repeated(self) -> int:
+        """Values of a rank at a step that it had logged before."""
+        return self._aggregator.repeated
 
     def tick(self, now: float) -> None:
         """Write what has waited too long."""
@@ -117,7 +125,9 @@ class Timings:
         straggler = self._stragglers.add(rank, times) if times.phases else None
         if straggler is not None and self._straggler_pace.due(times.step, now):
             named_rank = straggler.rank if straggler.score >= NAMED else -1
-            self._emit(times.step, times.time_ns, {STRAGGLER: float(named_rank), SCORE: straggler.score})
+            emit = self._emit if times.step > self._told_straggler else self._emit_again
+            self._told_straggler = max(self._told_straggler, times.step)
+            emit(times.step, times.time_ns, {STRAGGLER: float(named_rank), SCORE: straggler.score})
 
     def _pace(self, name: str) -> _Pace | None:
         pace = self._paces.get(name)
@@ -130,8 +140,15 @@ class Timings:
 
     def _write(self, step: int, time_ns: int, values: dict[str, float]) -> None:
         """Names at a step: their values, and the view over ranks."""
-        left_out = {key for key in values if key.startswith(_OVER_RANKS) and key.endswith(("/mean", "/min"))}
-        self._emit(step, time_ns, {key: value for key, value in values.items() if key not in left_out})
+        self._emit(step, time_ns, _shown(values))
+
+    def _write_again(self, step: int, time_ns: int, values: dict[str, float]) -> None:
+        self._emit_again(step, time_ns, _shown(values))
+
+
+def _shown(values: dict[str, float]) -> dict[str, float]:
+    left_out = {key for key in values if key.startswith(_OVER_RANKS) and key.endswith(("/mean", "/min"))}
+    return {key: value for key, value in values.items() if key not in left_out}
 
 
 class _Pace:

@@ -554,7 +554,10 @@ class Writer:
             straggler=str(reducer.timings.straggler or "") or None if reducer else None,
             spans_dropped=reducer.timings.dropped if reducer else 0,
             late=reducer.late if reducer else 0,
-            rejected=self._views.rejected + sum(rank.account()[1].refused for rank in self._ranks.values()),
+            repeated=reducer.repeated if reducer else 0,
+            rejected=self._views.rejected
+            + sum(rank.account()[1].refused for rank in self._ranks.values())
+            + (reducer.refused if reducer else 0),
             spooled=sum(rank.spooled for rank in ranks),
             dropped=sum(rank.dropped for rank in ranks),
             killed=sum(rank.account()[1].dropped.get(KILLED, 0) for rank in self._ranks.values()),

@@ -28,11 +28,12 @@ def completions(run: RunFiles, last: int | None = None) -> Iterator[dict[str, Sh
     for entry in merged(run):
         if not isinstance(entry, Batch):
             continue
-        for event in batches.events(entry):
-            if isinstance(event, Tokenizer):
-                decoder.learn(event)
-            elif isinstance(event, Completions) and superseded.stands(entry.rank, entry.life, event.step, TABLE):
-                kept.setdefault(entry.rank, deque(maxlen=last)).extend(rows_of(entry.rank, event))
+        for life, part in superseded.parts(entry, batches.events(entry)):
+            for event in part:
+                if isinstance(event, Tokenizer):
+                    decoder.learn(event)
+                elif isinstance(event, Completions) and superseded.stands(entry.rank, life, event.step, TABLE):
+                    kept.setdefault(entry.rank, deque(maxlen=last)).extend(rows_of(entry.rank, event))
     # The n-th rows of all ranks side by side, so that the latest few are of all of them.
     counted = [(row.step, number, row) for rows in kept.values() for number, row in _numbered(rows)]
     counted.sort(key=lambda item: (item[0], item[1], item[2].rank))

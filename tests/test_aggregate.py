@@ -217,7 +217,7 @@ def test_values_logged_in_one_call_and_one_by_one_are_the_same(operations: list[
                 case "again":
                     aggregator.restart_rank(0)
                 case "rewind":
-                    aggregator.rewind(1)
+                    aggregator.rewind(0, 1)
                 case _:
                     aggregator.tick(0.0 if operation == "tick" else DEADLINE_S)
         aggregator.flush()
