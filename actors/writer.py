@@ -372,7 +372,7 @@ class Writer:
     def _note_declined(self, hello: Hello, declined: Declined) -> None:
         who = f"{hello.host}, pid {hello.pid}"
         stderr(f"rank {hello.rank} ({who}) is declined: {declined.sentence or 'its earlier process may still live'}")
-        if declined.sentence and not self._declined:
+        if declined.sentence and not self._declined and hello.life not in self._replaced:
             self._declined = True
             self._notice(
                 f"Another process ({who}) wants to report as rank {hello.rank} of this run, and may not: give each job "
