@@ -25,7 +25,9 @@ _HEAD = struct.Struct("<c16sIQQI")  # kind, life, rank, seq, received, events
 
 
 # An error may name a file whose name is no Unicode; JSON cannot hold that.
-Text = Annotated[str, BeforeValidator(lambda text: text.encode("utf-8", "replace").decode() if text else text)]
+Text = Annotated[
+    str, BeforeValidator(lambda text: text.encode("utf-8", "replace").decode() if isinstance(text, str) else text)
+]
 
 
 class UnknownFormat(ValueError):

@@ -21,7 +21,7 @@ from swanlab_ray.actors.history import (
     summarise,
 )
 from swanlab_ray.actors.journal import journal_files
-from swanlab_ray.actors.protocol import JOB, Scalars, Stacks
+from swanlab_ray.actors.protocol import JOB, Completions, Scalars, Spans, Stacks
 from swanlab_ray.actors.records import Batch, Counts, UnknownFormat
 from swanlab_ray.actors.text import first_line
 from swanlab_ray.observer.render import Column, Grid, cell
@@ -75,18 +75,22 @@ class Run:
     files: RunFiles
     summary: Summary
     accounts: list[Account]
+    first_ns: int
+    last_ns: int
+    """When it began and when it was last heard of, Unix nanoseconds."""
 
     @property
     def state(self) -> str:
-        """``running``, how it ended, ``unfinished``: its writer was killed and nobody took over; or ``spooled``: no
-        writer ever took it.
-        """
+        """``running``, how it ended, or ``unfinished``: its writer was killed and nobody took over."""
         if self.files.in_progress:
             return "running"
-        if not self.files.journals:
-            return "spooled"
         end = ending(self.summary)
         return end[0] if end else "unfinished"
+
+    @property
+    def only_spooled(self) -> bool:
+        """No writer took it: its events lie in the spools of its ranks."""
+        return not self.files.journals
 
     @property
     def damage(self) -> list[Damaged]:
@@ -102,9 +106,10 @@ class Run:
             "experiment_name": settings.get("experiment_name"),
             "mode": settings.get("mode"),
             "state": self.state,
+            "only_spooled": self.only_spooled,
             "error": summary.finished.error if summary.finished else None,
-            "started_ns": summary.first_ns,
-            "last_ns": summary.last_ns,
+            "started_ns": self.first_ns,
+            "last_ns": self.last_ns,
             "world_size": summary.world_size,
             "events": summary.events,
             "bytes": summary.size,
@@ -162,7 +167,22 @@ def load_run(files: RunFiles) -> Run:
     spooled = {key: life.events for key, life in everything.lives.items()}
     for key, life in journal.lives.items():
         spooled[key] = spooled.get(key, 0) - life.events
-    return Run(files, everything, list(_accounts(journal, everything, spooled)))
+    accounts = list(_accounts(journal, everything, spooled))
+    first, last = (everything.first_ns, everything.last_ns) if files.journals else _times_of_events(files)
+    return Run(files, everything, accounts, first or everything.first_ns, last or everything.last_ns)
+
+
+def _times_of_events(files: RunFiles) -> tuple[int, int]:
+    """When the first and the last event was logged; spools tell when they were put aside. Zeros where there is none."""
+    batches = BatchReader()
+    found = [
+        event.time_ns
+        for entry in merged(files)
+        if isinstance(entry, Batch)
+        for event in batches.events(entry)
+        if isinstance(event, (Scalars, Completions, Spans))
+    ]
+    return min(found, default=0), max(found, default=0)
 
 
 def find(log_dir: Path, run_id: str | None) -> Run | None:
@@ -290,9 +310,11 @@ def runs_table(runs: list[Run]) -> Grid:
         grid.add(
             run.files.run_id,
             str(run.files.header.settings.get("project", "")),
-            cell(run.state, _COLOUR.get(run.state, "yellow")) + cell(" (damaged)" if run.damage else "", "red"),
-            moment(summary.first_ns),
-            _duration((summary.last_ns - summary.first_ns) / 1e9),
+            cell(run.state, _COLOUR.get(run.state, "yellow"))
+            + cell(" (only spooled)" if run.only_spooled else "", "yellow")
+            + cell(" (damaged)" if run.damage else "", "red"),
+            moment(run.first_ns),
+            _duration((run.last_ns - run.first_ns) / 1e9),
             str(summary.world_size),
             str(summary.events),
             str(lost),
@@ -330,10 +352,11 @@ def describe(run: Run) -> Iterator[str]:
     """A run in a few lines."""
     summary, settings = run.summary, run.files.header.settings
     name = settings.get("experiment_name") or run.files.run_id
-    yield f"{settings.get('project')} / {name} ({settings.get('mode')}): {run.state}"
+    state = f"{run.state}, only spooled" if run.only_spooled else run.state
+    yield f"{settings.get('project')} / {name} ({settings.get('mode')}): {state}"
     if summary.finished and summary.finished.error:
         yield f"  {first_line(summary.finished.error)}"
-    yield f"  from {moment(summary.first_ns)} to {moment(summary.last_ns)}, {summary.world_size} ranks"
+    yield f"  from {moment(run.first_ns)} to {moment(run.last_ns)}, {summary.world_size} ranks"
     yield from _places(run)
     if summary.closed is not None:
         closed = summary.closed
@@ -358,7 +381,7 @@ def describe(run: Run) -> Iterator[str]:
 def _places(run: Run) -> Iterator[str]:
     """Where the run's events lie, and what is to be done where no writer has them."""
     summary, spools = run.summary, len(run.files.spools)
-    if run.files.journals:
+    if not run.only_spooled:
         writers = len({(header.host, header.pid) for header in summary.headers if header.kind == "journal"})
         yield (
             f"  journal: {summary.events} events, {_size(summary.size)} in {summary.files} files of {writers} writers, "

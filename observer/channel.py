@@ -20,7 +20,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from swanlab_ray.actors.journal import journal_files
 from swanlab_ray.actors.members import arrived, counts_of
 from swanlab_ray.actors.protocol import (
     BATCH_BYTES,
@@ -40,7 +39,7 @@ from swanlab_ray.observer.link import CALL_DEADLINE_S, LinkBroken, NotNow, RunOv
 from swanlab_ray.observer.notices import logger, warn_once
 from swanlab_ray.observer.opening import Opening
 from swanlab_ray.observer.pulse import Pulse
-from swanlab_ray.observer.spool import Spool
+from swanlab_ray.observer.spool import Spool, how_to_upload
 from swanlab_ray.observer.values import Deferred
 
 CAPACITY = 65_536
@@ -710,15 +709,12 @@ class Channel:
         if left:
             logger.warning("%s of this rank did not reach the writer and are lost: %s", _events(left), reason)
         if spooled and self._spool is not None and self._spool.path is not None:
-            directory = self._spool.path.parent
             logger.warning(
                 "%s of this rank did not reach the writer (%s). They are kept in %s: %s.",
                 _events(spooled),
                 reason,
                 self._spool.path,
-                f"`swanlab-ray sync {directory}` uploads them with the run"
-                if journal_files(directory)
-                else "bring the file to the run's journal and upload both with `swanlab-ray sync`",
+                how_to_upload(self._spool.path, met_a_writer=self._connections > 0),
             )
 
     def _beginning_and_end(self) -> list[Entry]:

@@ -99,8 +99,8 @@ class Grid:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
         widths = [
-            max(cell_len(column.name), *(one.cell_len for one in of_column)) if of_column else cell_len(column.name)
-            for column, of_column in zip(self._columns, zip(*self._rows, strict=True), strict=True)
+            max([cell_len(column.name), *(row[number].cell_len for row in self._rows)])
+            for number, column in enumerate(self._columns)
         ]
         needed = [
             min(width, column.least) if column.least else width

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import socket
 import stat
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from swanlab_ray.actors import framing
-from swanlab_ray.actors.journal import Appender, Disk, run_directory
+from swanlab_ray.actors.journal import Appender, Disk, journal_files, run_directory
 from swanlab_ray.actors.records import Batch, Entry, Header, pack, unpack
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.version import package_version
@@ -177,3 +178,18 @@ def _own(directory: Path) -> Path:
         raise PermissionError(errno.EPERM, "it is not this user's own directory", str(directory))
     directory.chmod(0o700)  # it may have been made by an earlier version
     return directory
+
+
+def how_to_upload(spool: Path, met_a_writer: bool) -> str:
+    """What a user can do with a spool that its rank could not hand over.
+
+    Args:
+        spool: one of its files.
+        met_a_writer: its rank had one, whose journal may lie on another machine.
+    """
+    command = f"`swanlab-ray sync {shlex.quote(str(spool.parent))}`"
+    if journal_files(spool.parent):
+        return f"{command} uploads them with the run"
+    if met_a_writer:
+        return "copy the files to the run's journal on the writer's machine, where `swanlab-ray sync` uploads both"
+    return f"{command} uploads them; if other ranks had a writer, copy the files to its journal first"

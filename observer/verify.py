@@ -101,6 +101,8 @@ def _check(files: RunFiles, say: Callable[[str], None]) -> bool:
     say(f"run {files.run_id}: {run.state}")
     if files.ambiguous:
         say(f"  {archive.AMBIGUOUS}")
+    if run.only_spooled:
+        say("  no writer took it: upload it with swanlab-ray sync")
     reports = [inspect(path) for path in files.paths]
     for report in reports:
         _tell_file(report, say)

@@ -1,0 +1,179 @@
+"""What lies in a log directory besides a run's journal: a spool alone, newer versions, strangers' files, two runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from swanlab_ray.actors.records import VERSION, Alert, Entry
+from swanlab_ray.observer import channel as channel_module
+from swanlab_ray.observer.cli import main
+from swanlab_ray.observer.spool import how_to_upload
+from tests.incarnations import Cluster, Link, rank, settings_for
+from tests.journals import write_file
+from tests.swanlab_cloud import SwanLabCloud
+from tests.test_looking import everything_called, header
+
+
+def invoke(*arguments: object, **env: str) -> Result:
+    done = CliRunner().invoke(main, [str(one) for one in arguments], env={"COLUMNS": "200"} | env)
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    return done
+
+
+def journal(log_dir: Path, run_id: str, entries: list[Entry] | None = None, **more: Any) -> Path:
+    path = log_dir / "observer" / run_id / "journal-000001.log"
+    write_file(path, header(run_id, **more), everything_called("x") if entries is None else entries)
+    return path
+
+
+def test_a_spool_that_no_writer_took_says_so_and_is_uploaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the rank says at its end is a command that works; until then the run is told from one that arrived."""
+    monkeypatch.setattr(channel_module, "UNREACHABLE_S", 0.1)
+    cluster = Cluster(settings_for(tmp_path))
+    link = Link(cluster)
+    link.cut = True
+    observer = rank(cluster, link)
+    for step in range(5):
+        observer.log({"x": step}, step)
+    assert not observer.finish()
+    directory = tmp_path / "observer" / "r"
+    assert f"`swanlab-ray sync {directory}` uploads them; if other ranks had a writer" in caplog.text
+    assert "success (only spooled)" in invoke("runs", "--log-dir", tmp_path).stdout
+    shown = invoke("show", "--log-dir", tmp_path).stdout
+    assert "no writer took this run: its 5 events lie in 1 spool of its ranks" in shown
+    assert f"upload them with: swanlab-ray sync {directory}\n" in shown
+    (run,) = json.loads(invoke("runs", "--json", "--log-dir", tmp_path).stdout)
+    assert (run["only_spooled"], run["events"]) == (True, 5)
+    assert 0 < run["last_ns"] - run["started_ns"] < 60e9
+    verified = invoke("verify", directory)
+    assert verified.exit_code == 0
+    assert "no writer took it: upload it with swanlab-ray sync" in verified.stdout
+    with SwanLabCloud() as cloud:
+        done = invoke("sync", directory, **cloud.environment())
+        assert done.exit_code == 0, done.output
+        assert cloud.only().points["x"].keys() == set(range(5))
+
+
+def test_what_to_do_with_a_spool(tmp_path: Path) -> None:
+    spool = tmp_path / "my runs" / "spool-0-a.log"
+    assert how_to_upload(spool, met_a_writer=False).startswith(f"`swanlab-ray sync '{spool.parent}'` uploads them; if")
+    assert how_to_upload(spool, met_a_writer=True).startswith("copy the files to the run's journal on the writer's")
+    write_file(spool.parent / "journal-000001.log", header("r"))
+    assert how_to_upload(spool, met_a_writer=True) == f"`swanlab-ray sync '{spool.parent}'` uploads them with the run"
+
+
+@pytest.fixture
+def newer(tmp_path: Path) -> Path:
+    """A log directory with a run of today, and one that a later version has written."""
+    journal(tmp_path, "today")
+    journal(tmp_path, "tomorrow", version=VERSION + 1)
+    return tmp_path
+
+
+def test_a_journal_of_a_newer_version_hides_no_other(newer: Path) -> None:
+    done = invoke("runs", "--log-dir", newer)
+    assert done.exit_code == 1
+    assert "today" in done.stdout
+    assert done.stderr.startswith("run tomorrow: '/")
+    assert f"it is of version {VERSION + 1}, and this program reads up to {VERSION}: update it" in done.stderr
+    assert [run["run_id"] for run in json.loads(invoke("runs", "--json", "--log-dir", newer).stdout)] == ["today"]
+    assert invoke("show", "today", "--log-dir", newer).exit_code == 0
+    refused = invoke("show", "tomorrow", "--log-dir", newer)
+    assert refused.exit_code == 1
+    assert "update it" in refused.stderr
+    verified = invoke("verify", newer)
+    assert verified.exit_code == 1
+    assert "run today: crashed" in verified.stdout
+    assert "run tomorrow: '/" in verified.stdout
+
+
+def test_files_of_somebody_else_hide_no_run(newer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = journal(newer, "theirs")
+    really = Path.open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path) == str(theirs):
+            raise PermissionError(13, "Permission denied", str(theirs))
+        return really(Path(path), *arguments, **options)
+
+    monkeypatch.setattr("swanlab_ray.actors.framing.open", refuse, raising=False)
+    done = invoke("runs", "--log-dir", newer)
+    assert "today" in done.stdout
+    assert f"run theirs: '{theirs}' cannot be read: Permission denied" in done.stderr
+    assert f"'{theirs}' cannot be read: Permission denied" in invoke("show", "theirs", "--log-dir", newer).stderr
+
+
+def test_a_record_that_is_not_understood_costs_no_other(tmp_path: Path) -> None:
+    """As one of a later version that kept the format's number: it counts as damage of its place."""
+    odd = Alert.model_construct(text=7, time_ns="soon")
+    with pytest.warns(UserWarning, match="serialized value"):
+        journal(tmp_path, "r", [odd, *everything_called("x")])
+    assert "crashed (damaged)" in invoke("runs", "--log-dir", tmp_path).stdout
+    assert "x = 1 at step 1" in invoke("show", "--log-dir", tmp_path).stdout
+    assert "DAMAGED, a record is not understood" in invoke("verify", tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "said"),
+    [
+        (b"", 1, "it is EMPTY: its writer was killed as it began, or the disk has lost what was in it"),
+        (b"\0" * 100, 1, "bytes 0 to 100: cut off"),
+        (b"hello\n" * 10_000, 1, "DAMAGED"),
+    ],
+    ids=["empty", "zeros", "text"],
+)
+def test_a_journal_without_a_header(tmp_path: Path, content: bytes, code: int, said: str) -> None:
+    path = tmp_path / "observer" / "r" / "journal-000001.log"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    done = invoke("verify", tmp_path)
+    assert done.exit_code == code
+    assert said in done.stdout
+    assert done.stdout.endswith("something is damaged or missing\n")
+    for command in (["runs"], ["show"], ["show", "r", "--json"]):
+        assert invoke(*command, "--log-dir", tmp_path).exit_code == 0
+
+
+def test_an_empty_file_beside_others_is_told_and_no_loss(tmp_path: Path) -> None:
+    """A writer that is killed before its header is on the disk leaves one; it has acknowledged nothing."""
+    journal(tmp_path, "r").with_name("journal-000002.log").touch()
+    done = invoke("verify", tmp_path)
+    assert "it is EMPTY" in done.stdout
+    assert done.exit_code == 0
+
+
+def test_a_damaged_header_costs_the_header_only(tmp_path: Path) -> None:
+    path = journal(tmp_path, "r", [*everything_called("x" * 40_000), *everything_called("y")])
+    content = bytearray(path.read_bytes())
+    content[20] ^= 1
+    path.write_bytes(content)
+    done = invoke("verify", tmp_path)
+    assert done.exit_code == 1
+    assert "run r: crashed" in done.stdout
+    assert "DAMAGED, the content does not match its checksum" in done.stdout
+
+
+def test_strays_are_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    path = journal(tmp_path, "r")
+    done = invoke("verify", tmp_path / "notes.txt", path)
+    assert done.exit_code == 1
+    assert f"{tmp_path / 'notes.txt'}: no header can be read: this is no journal" in done.stdout
+    assert "run r: crashed" in done.stdout
+    assert invoke("verify", path).exit_code == 0
+
+
+def test_two_runs_of_one_id_in_two_log_directories_are_not_silently_one(tmp_path: Path) -> None:
+    """They may be one run that went to another machine, or two; nothing in the files tells, so it is said."""
+    for name in ("a", "b"):
+        journal(tmp_path / name, "same")
+    for arguments in (["verify", tmp_path], ["show", "--log-dir", tmp_path]):
+        assert "its journals lie in several directories and count as one run" in invoke(*arguments).stdout
+    assert "several directories" not in invoke("verify", tmp_path / "a").stdout
