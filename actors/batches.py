@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from functools import cache
 
-from swanlab_ray.actors.history import Sequence
 from swanlab_ray.actors.protocol import Event, Undecodable, decode_batch
 from swanlab_ray.actors.records import Batch
+from swanlab_ray.actors.seen import Sequence
 
 _logger = logging.getLogger("swanlab_ray")
 

@@ -6,17 +6,16 @@ Nothing here needs a cluster, a writer or SwanLab.
 from __future__ import annotations
 
 import errno
-import heapq
 import os
-from bisect import bisect
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from swanlab_ray.actors import framing
 from swanlab_ray.actors.at_work import AtWork, at_work
 from swanlab_ray.actors.journal import Position, journal_files
+from swanlab_ray.actors.merging import interleave
 from swanlab_ray.actors.naming import is_run_id, run_id_of
 from swanlab_ray.actors.protocol import Outcome, State, Undecodable, decode_batch
 from swanlab_ray.actors.records import (
@@ -36,6 +35,7 @@ from swanlab_ray.actors.records import (
     UnknownFormat,
     unpack,
 )
+from swanlab_ray.actors.seen import InOrder, Sequence
 
 TERMINATED = "SIGTERM"
 """How the error of a rank begins that was told to end."""
@@ -75,54 +75,6 @@ def entries(path: Path, start: int = 0, end: int | None = None) -> Iterator[tupl
             yield found.end, entry
 
 
-class Numbers:
-    """Which numbers have been seen: as ranges, since nearly all come in order."""
-
-    def __init__(self) -> None:
-        self._ranges: list[list[int]] = []  # [first, last], rising, never touching
-
-    def add(self, number: int) -> bool:
-        """Whether it is new."""
-        ranges = self._ranges
-        if ranges and ranges[-1][1] + 1 == number:
-            ranges[-1][1] = number
-            return True
-        at = bisect(ranges, [number, 1 << 63])
-        if at and number <= ranges[at - 1][1]:
-            return False
-        ranges.insert(at, [number, number])
-        if at + 1 < len(ranges) and ranges[at + 1][0] == number + 1:
-            ranges[at][1] = ranges.pop(at + 1)[1]
-        if at and ranges[at - 1][1] + 1 == number:
-            ranges[at - 1][1] = ranges.pop(at)[1]
-        return True
-
-    @property
-    def next(self) -> int:
-        """One more than the highest."""
-        return self._ranges[-1][1] + 1 if self._ranges else 0
-
-    def missing(self) -> list[tuple[int, int]]:
-        """The ranges that are not there below the highest, both ends included."""
-        ends = [-1, *(last for _, last in self._ranges)]
-        gaps = zip(ends, (first for first, _ in self._ranges), strict=False)
-        return [(end + 1, first - 1) for end, first in gaps if first > end + 1]
-
-
-class Sequence:
-    """Which batches of each life have been seen, so that each is taken once."""
-
-    def __init__(self) -> None:
-        self.lives: dict[tuple[int, str], Numbers] = {}
-
-    def take(self, batch: Batch) -> bool:
-        """Whether this batch is new. Batches of a life come in order, but for gaps that a spool may fill."""
-        numbers = self.lives.get((batch.rank, batch.life))
-        if numbers is None:
-            numbers = self.lives[batch.rank, batch.life] = Numbers()
-        return numbers.add(batch.seq)
-
-
 class Follower:
     """Reads a journal from a place on, as far as it was committed, again and again.
 
@@ -156,6 +108,9 @@ class Follower:
 class Life:
     """What a journal says about one life of a rank."""
 
+    began: int = 0
+    """Where it stands among the lives of its rank: the time of the first that is heard of it, by a clock that is never
+    set back."""
     arrived: Arrived | None = None
     ended: Ended | None = None
     next_seq: int = 0
@@ -206,12 +161,77 @@ class Summary:
     """Bytes of all files."""
     first_ns: int = 0
     last_ns: int = 0
+    seen: Sequence = field(default_factory=Sequence)
+    """The batches that are there."""
+    _latest: int = 0  # of the file that is read, or of all journals
+
+    def take(self, entry: Entry) -> None:
+        """Count the next entry."""
+        moment = entry.received_ns if isinstance(entry, Batch) else entry.time_ns
+        if isinstance(entry, Header) and entry.kind == "spool":
+            self._latest = 0
+        self._latest = max(self._latest, moment)
+        match entry:
+            case Batch():
+                self._take_batch(entry)
+            case Header():
+                self.headers.append(entry)
+            case Arrived():
+                if not self._take_arrived(entry):
+                    return  # its spool tells again what the journal has told
+            case Ended():
+                self._life(entry).ended = entry
+            case Returned():
+                self._life(entry).ended = None
+                self.finished = self.closed = None  # the run had not ended after all
+            case Opened():
+                self.opened.append(entry)
+            case Alert():
+                if entry not in self.alerts:
+                    self.alerts.append(entry)
+            case Notified():
+                self.notified.add(entry.key)
+            case Delivered():
+                self.rows[entry.reduction_version] = max(self.rows.get(entry.reduction_version, 0), entry.rows)
+            case Finished():
+                self.finished = entry
+            case Closed():
+                self.closed = entry
+        self.first_ns = min(self.first_ns or moment, moment)
+        self.last_ns = max(self.last_ns, moment)
+
+    def _life(self, entry: Batch | Arrived | Ended | Returned) -> Life:
+        return self.lives.setdefault((entry.rank, entry.life), Life(self._latest))
+
+    def _take_batch(self, batch: Batch) -> None:
+        life = self._life(batch)
+        if self.seen.take(batch):
+            life.events += batch.events
+            life.batches += 1
+            if life.last_batch is None or batch.seq >= life.last_batch.seq:
+                life.last_batch = batch
+
+    def _take_arrived(self, arrived: Arrived) -> bool:
+        life = self._life(arrived)
+        if life.arrived is not None:
+            return False
+        life.arrived = arrived
+        if self.finished is not None or not self.sessions:
+            self.sessions += 1
+            self.session_ns = arrived.time_ns
+            self.before_ns = self.finished.time_ns if self.finished is not None else 0
+            self.notified.clear()
+            self.session_lives.clear()
+        self.session_lives.add(arrived.life)
+        self.finished = self.closed = None  # a job that goes on has not ended
+        return True
 
     @property
     def world_size(self) -> int:
         """As the last rank said that arrived."""
-        sizes = [(life.arrived.time_ns, life.arrived.world_size) for life in self.lives.values() if life.arrived]
-        return max(sizes)[1] if sizes else 0
+        lives = [life for life in self.lives.values() if life.arrived is not None]
+        last = max(reversed(lives), key=lambda life: life.began, default=Life())
+        return last.arrived.world_size if last.arrived else 0
 
     @property
     def events(self) -> int:
@@ -221,9 +241,7 @@ class Summary:
     def ranks(self) -> dict[int, list[Life]]:
         """The lives of each rank in the order of their beginning."""
         ranks: dict[int, list[Life]] = {}
-        for (rank, _), life in sorted(
-            self.lives.items(), key=lambda item: (item[0][0], item[1].arrived.time_ns if item[1].arrived else 0)
-        ):
+        for (rank, _), life in sorted(self.lives.items(), key=lambda item: (item[0][0], item[1].began)):
             ranks.setdefault(rank, []).append(life)
         return ranks
 
@@ -257,68 +275,19 @@ def summarise(paths: list[Path]) -> Summary:
         OSError: one of them cannot be read.
     """
     summary = Summary()
-    sequence = Sequence()
     for path in paths:
-        summary.files += 1
-        summary.size += path.stat().st_size
-        for found in entries(path):
-            if isinstance(found, Damaged):
-                summary.damaged.append(found)
-            else:
-                _count(summary, sequence, found[1])
-    for key, numbers in sequence.lives.items():
+        with suppress(FileNotFoundError):  # a spool is removed once the writer has it all
+            summary.size += path.stat().st_size
+            summary.files += 1
+            for found in entries(path):
+                if isinstance(found, Damaged):
+                    summary.damaged.append(found)
+                else:
+                    summary.take(found[1])
+    for key, numbers in summary.seen.lives.items():
         summary.lives[key].next_seq = numbers.next
         summary.lives[key].missing = numbers.missing()
     return summary
-
-
-def _count(summary: Summary, sequence: Sequence, entry: Entry) -> None:
-    if isinstance(entry, Batch):
-        life = summary.lives.setdefault((entry.rank, entry.life), Life())
-        if sequence.take(entry):
-            life.events += entry.events
-            life.batches += 1
-            if life.last_batch is None or entry.seq >= life.last_batch.seq:
-                life.last_batch = entry
-        moment = entry.received_ns
-    else:
-        moment = entry.time_ns
-        match entry:
-            case Header():
-                summary.headers.append(entry)
-            case Arrived():
-                life = summary.lives.setdefault((entry.rank, entry.life), Life())
-                if life.arrived is not None:
-                    return  # its spool tells again what the journal has told
-                life.arrived = entry
-                if summary.finished is not None or not summary.sessions:
-                    summary.sessions += 1
-                    summary.session_ns = entry.time_ns
-                    summary.before_ns = summary.finished.time_ns if summary.finished is not None else 0
-                    summary.notified.clear()
-                    summary.session_lives.clear()
-                summary.session_lives.add(entry.life)
-                summary.finished = summary.closed = None  # a job that goes on has not ended
-            case Ended():
-                summary.lives.setdefault((entry.rank, entry.life), Life()).ended = entry
-            case Returned():
-                summary.lives.setdefault((entry.rank, entry.life), Life()).ended = None
-                summary.finished = summary.closed = None  # the run had not ended after all
-            case Opened():
-                summary.opened.append(entry)
-            case Alert():
-                if entry not in summary.alerts:
-                    summary.alerts.append(entry)
-            case Notified():
-                summary.notified.add(entry.key)
-            case Delivered():
-                summary.rows[entry.reduction_version] = max(summary.rows.get(entry.reduction_version, 0), entry.rows)
-            case Finished():
-                summary.finished = entry
-            case Closed():
-                summary.closed = entry
-    summary.first_ns = min(summary.first_ns or moment, moment)
-    summary.last_ns = max(summary.last_ns, moment)
 
 
 def ending(summary: Summary) -> tuple[State, str | None] | None:
@@ -451,21 +420,17 @@ def _header_by_name(path: Path) -> Header | None:
 
 
 def merged(run: RunFiles) -> Iterator[Entry | Damaged]:
-    """Everything that is known of a run: the journal, with the spools' batches at the time they were put aside."""
+    """Everything that is known of a run: each batch once, and those of a life in the order of their numbers."""
 
-    def timed(paths: list[Path], order: int) -> Iterator[tuple[int, int, int, Any]]:
-        number = latest = 0
-        for path in paths:
+    def read(path: Path) -> Iterator[Entry | Damaged]:
+        with suppress(FileNotFoundError):  # a spool is removed once the writer has it all
             for found in entries(path):
-                number += 1
-                entry = found if isinstance(found, Damaged) else found[1]
-                if isinstance(entry, Damaged):
-                    moment = latest
-                else:
-                    moment = entry.received_ns if isinstance(entry, Batch) else entry.time_ns
-                latest = max(latest, moment)  # a stream keeps its order whatever its clock did
-                yield latest, order, number, entry
+                yield found if isinstance(found, Damaged) else found[1]
 
-    streams = [timed(run.journals, 0)] + [timed([path], 1 + n) for n, path in enumerate(run.spools)]
-    for _, _, _, entry in heapq.merge(*streams):
-        yield entry
+    order: InOrder[Entry] = InOrder()
+    for found in interleave(run.journals, run.spools, read):
+        if isinstance(found, Damaged):
+            yield found
+        else:
+            yield from order.take(found, found)
+    yield from order.rest()

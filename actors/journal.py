@@ -71,6 +71,14 @@ class Disk:
     def sync(self, descriptor: int) -> None:
         os.fdatasync(descriptor)
 
+    def make_durable(self, path: Path) -> None:
+        """Sync what some process has written there, living or dead."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
     def linked(self, descriptor: int) -> bool:
         """Whether the file still has a name: a file whose directory was removed takes data without complaint."""
         return os.fstat(descriptor).st_nlink > 0
@@ -222,6 +230,20 @@ class Journal:
         if self._refused is not None:
             self._trouble(self._refused)
         self._thread.start()
+
+    def earlier_files(self) -> list[Path]:
+        """Those of earlier incarnations, in order."""
+        files = journal_files(self.directory)
+        return [files[epoch] for epoch in self.earlier if epoch in files]
+
+    def make_durable(self, paths: list[Path]) -> None:
+        """Sync these files, which others have written.
+
+        Raises:
+            OSError: that failed.
+        """
+        for path in paths:
+            self._disk.make_durable(path)
 
     def append(self, *entries: Entry) -> None:
         """Queue entries, in order. Never blocks."""

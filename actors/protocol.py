@@ -25,6 +25,8 @@ BEAT_S = 2.0
 """Seconds between two signs of life of a rank."""
 EVENTS_PER_BATCH = 8192
 BATCH_BYTES = 1 << 20
+WINDOW = 4
+"""Batches of a rank that may be under way, not acknowledged yet."""
 
 # Whose value a scalar is, and so what the writer makes of it over ranks.
 JOB = 0

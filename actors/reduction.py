@@ -14,7 +14,6 @@ from swanlab_ray.actors.aggregate import Aggregator, Emit, NonFinite
 from swanlab_ray.actors.batches import undecodable
 from swanlab_ray.actors.clock import Clock
 from swanlab_ray.actors.completions import TABLE, CompletionBuffer, CompletionRow
-from swanlab_ray.actors.history import Sequence
 from swanlab_ray.actors.passes import Passes
 from swanlab_ray.actors.protocol import (
     Completions,
@@ -28,6 +27,7 @@ from swanlab_ray.actors.protocol import (
     decode_batch,
 )
 from swanlab_ray.actors.records import Arrived, Batch, Ended, Entry, Finished, Returned, Tick
+from swanlab_ray.actors.seen import InOrder
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.status import REPEATED
 from swanlab_ray.actors.supersession import Supersession
@@ -85,7 +85,7 @@ class Reduction:
             settings.completion_max_buffer, settings.completion_log_interval, self._write_table
         )
         self.timings = Timings(self._write, notice, self._write_again)
-        self._sequence = Sequence()
+        self._order: InOrder[tuple[Entry, list[Event] | None]] = InOrder()
         self._clock = Clock()
         self._lives: dict[int, str] = {}
         self._passed_lives: dict[int, str] = {}  # the same, with the passes of a training that went back kept apart
@@ -120,10 +120,13 @@ class Reduction:
 
     def take(self, entry: Entry, events: list[Event] | None = None) -> None:
         """Take the next entry. ``events`` are a batch's, where they are decoded already."""
+        for ready in self._order.take(entry, (entry, events)):
+            self._take(*ready)
+
+    def _take(self, entry: Entry, events: list[Event] | None) -> None:
         match entry:
             case Batch():
-                if self._sequence.take(entry):
-                    self._take_batch(entry, self._events_of(entry) if events is None else events)
+                self._take_batch(entry, self._events_of(entry) if events is None else events)
             case Arrived():
                 self._arrive(entry)
             case Ended():
@@ -144,6 +147,8 @@ class Reduction:
 
     def flush(self) -> None:
         """Write what still waits: there are no more entries."""
+        for ready in self._order.rest():
+            self._take(*ready)
         for rank in self._lives:
             self._end_spans(rank, self._clock.now)
         self.timings.flush()

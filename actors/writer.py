@@ -23,13 +23,14 @@ from swanlab_ray.actors.clocks import Timeline
 from swanlab_ray.actors.cloud_run import CloudRun
 from swanlab_ray.actors.differences import Differences
 from swanlab_ray.actors.health import Health, why_silent
-from swanlab_ray.actors.history import KILLED, Follower, Summary, summarise
-from swanlab_ray.actors.journal import Journal, Position, journal_files, run_directory
+from swanlab_ray.actors.history import KILLED, Follower, Summary
+from swanlab_ray.actors.journal import Journal, Position, run_directory
 from swanlab_ray.actors.locks import hold_lock
 from swanlab_ray.actors.mailbox import open_mailbox
 from swanlab_ray.actors.members import Member, arrived, never_reported, plus, restored, verdict
 from swanlab_ray.actors.newcomers import Newcomers, odd_world
 from swanlab_ray.actors.notifications import MOVES_AGAIN, ONLY_RANK_0, RESTARTED, Notifications
+from swanlab_ray.actors.on_disk import OnDisk
 from swanlab_ray.actors.processes import Processes
 from swanlab_ray.actors.protocol import (
     BEAT_S,
@@ -157,6 +158,7 @@ class Writer:
         self._rows_noted_at = 0.0
         self._begun = self._committed = Position(0, 0)
         self._journal = Journal(self._directory, self._header, self._on_commit, self._on_trouble, self._on_fenced)
+        self._on_disk = OnDisk(self._journal)
         self._mailbox = open_mailbox(settings, self._notice, lambda key: self._journal.append(Notified(key=key)))
         self._notifications = Notifications(self._mailbox, self._notice)
         self._recover()
@@ -186,12 +188,13 @@ class Writer:
         self._begun = self._committed = Position(self._journal.epoch or max(earlier, default=0) + 1, 0)
         began = time.monotonic()
         try:
-            summary = self._summarise()
+            summary = self._on_disk.read()
         except (OSError, UnknownFormat) as error:
             self._notice(f"The journal of this run cannot be read ({error}); what it has is not in SwanLab's run.")
             return
-        if not earlier:
+        if not earlier or summary is None:
             return
+        self._on_disk.join(summary)
         self._begun = Position(0, 0)
         self._clock = Timeline(summary.last_ns)
         damaged = any(not found.damage.torn for found in summary.damaged)
@@ -234,10 +237,6 @@ class Writer:
         """Whether the rows that were delivered went where this writer sends them."""
         before, now = summary.headers[-1].settings if summary.headers else {}, self._settings.public()
         return all(before.get(name) == now.get(name) for name in DESTINATION)
-
-    def _summarise(self) -> Summary:
-        files = journal_files(self._directory)
-        return summarise([files[epoch] for epoch in self._journal.earlier if epoch in files])
 
     def _restore(self) -> None:
         """The ranks of the last job are members again, those whose hello no damage took."""
@@ -293,12 +292,13 @@ class Writer:
             for entry, position in committed:
                 self._committed = position
                 if isinstance(entry, Batch):
+                    self._on_disk.take(entry)
                     rank = self._ranks.get(entry.rank)
                     if rank is None or rank.hello.life != entry.life:
                         rank = self._replaced.get(entry.life)
                     if rank is not None:
                         rank.durable = entry.seq + 1
-                        rank.received += entry.events
+                        rank.received = self._on_disk.events((entry.rank, entry.life))
             # In order with a reducer that is being opened: it begins with what is committed by then.
             self._views.put(committed)
 
@@ -335,6 +335,7 @@ class Writer:
             RunEnded: this run is closing.
             Fenced: another writer has taken over.
         """
+        self._read_on(hello)
         with self._lock:
             self._check_open()
             if self._sessions.over is not None and not self._ranks:
@@ -349,12 +350,12 @@ class Writer:
                 known = self._arrive(hello, known)
             elif known.state != "running":
                 self._come_back(known)
+            if known.restored or not known.next_seq:  # it has sent nothing to this incarnation
+                self._take_up(hello, known)
             known.hello, known.heard, known.restored, known.left = hello, now, False, False
             known.skew.heard(hello.sent_ns, self._clock.now_ns())
             if self._reducer is None:
                 self._open_reducer()
-            if hello.next_seq > known.next_seq:
-                self._close_gap(hello, known)
             return self._ack(known)
 
     def _look_back(self, hello: Hello, over: Finished) -> None:
@@ -422,22 +423,32 @@ class Writer:
         rank.state, rank.error = "running", None
         self._journal.append(Returned(rank=rank.hello.rank, life=rank.hello.life))
 
-    def _close_gap(self, hello: Hello, rank: Member) -> None:
-        """The rank was told that earlier batches are on disk, and this incarnation has not read them."""
+    def _read_on(self, hello: Hello) -> None:
+        """The rank was told that batches are on disk which this incarnation has not read: that has failed, or an
+        earlier one has written on. Without the lock, since it may take long; signs of life are answered meanwhile."""
+        with self._lock:
+            if hello.next_seq <= self._on_disk.next((hello.rank, hello.life)):
+                return
         try:
-            life = self._summarise().lives.get((hello.rank, hello.life))
+            summary = self._on_disk.read()
         except (OSError, UnknownFormat):
-            life = None
-        if life is not None and life.next_seq > rank.next_seq:
-            rank.next_seq = rank.durable = life.next_seq
-            rank.received = life.events
-        if hello.next_seq > rank.next_seq:
+            return
+        if summary is not None:
+            with self._lock:
+                self._on_disk.join(summary)
+
+    def _take_up(self, hello: Hello, rank: Member) -> None:
+        """Begin where this rank's batches on disk end, as far as it can send what follows."""
+        life = hello.rank, hello.life
+        after = self._on_disk.next(life)
+        if hello.next_seq > after and self._on_disk.readable:
             self._notice(
-                f"Batches {rank.next_seq} to {hello.next_seq - 1} of rank {hello.rank} are in the journal of an "
+                f"Batches {after} to {hello.next_seq - 1} of rank {hello.rank} are in the journal of an "
                 f"earlier writer that is not here ({self._directory}): it was on another machine. Give swanlab-ray "
                 "sync both directories, or put log_dir on a shared disk."
             )
-            rank.next_seq = rank.durable = hello.next_seq
+        rank.next_seq = rank.durable = self._on_disk.due(hello)
+        rank.received = self._on_disk.events(life)
 
     @ray.method(concurrency_group="io")
     def ingest(self, rank: int, life: str, seq: int, events: int, batch: bytes) -> Ack:

@@ -25,6 +25,7 @@ from swanlab_ray.actors.protocol import (
     BATCH_BYTES,
     BEAT_S,
     EVENTS_PER_BATCH,
+    WINDOW,
     Ack,
     Beat,
     Counted,
@@ -50,7 +51,6 @@ LARGE_TOTAL_BYTES = 256 << 20
 """Bytes of large events that the training thread may be ahead of the flusher."""
 UNSENT_BYTES = 64 << 20
 """Bytes of events kept in memory while the writer cannot be reached; the oldest go to the spool."""
-WINDOW = 4
 HOLD_S = 0.2
 """Pause after the writer had no room for a batch."""
 COLLECTED_AT_END = 16

@@ -174,7 +174,7 @@ def test_salvage_keeps_what_is_a_number() -> None:
     rejected: dict[str, str] = {}
     kept = salvage({"x": 1, "v": torch.ones(3), "o": object(), "n": {"y": 2}}, rejected.__setitem__)
     assert kept == {"x": 1.0, "n/y": 2.0}
-    assert rejected == {"v": "Tensor is not a number", "o": "object is not a number"}
+    assert rejected == {"v": "Tensor is not a number; log numbers", "o": "object is not a number; log numbers"}
 
 
 def test_a_tensor_is_read_when_it_is_logged() -> None:

@@ -14,12 +14,13 @@ import pytest
 from click.testing import CliRunner
 
 from swanlab_ray.actors import journal as journal_module
-from swanlab_ray.actors import writer as writer_module
-from swanlab_ray.actors.history import Damaged, Numbers, entries
+from swanlab_ray.actors import on_disk
+from swanlab_ray.actors.history import Damaged, entries
 from swanlab_ray.actors.journal import Disk, journal_files
 from swanlab_ray.actors.protocol import SCALARS, USER, Counted, Goodbye, encode_batch
 from swanlab_ray.actors.records import Arrived, Batch, Ended, Finished, Tick
 from swanlab_ray.actors.reduction import Reduction
+from swanlab_ray.actors.seen import Numbers
 from swanlab_ray.actors.tables import Table
 from swanlab_ray.observer import archive
 from swanlab_ray.observer import channel as channel_module
@@ -290,7 +291,7 @@ def test_a_history_that_cannot_be_read_does_not_keep_the_writer_from_working(
     def fails(*arguments: Any) -> Any:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(writer_module, "summarise", fails)
+    monkeypatch.setattr(on_disk, "summarise", fails)
     writer = cluster.find()
     observer.log({"x": 1}, 1)
     assert observer.finish()
@@ -501,6 +502,12 @@ def test_numbers() -> None:
     assert [numbers.add(n) for n in (0, 1, 5, 5, 3, 4, 0, 2, 9)] == [1, 1, 1, 0, 1, 1, 0, 1, 1]
     assert numbers.missing() == [(6, 8)]
     assert numbers.next == 10
+    assert [numbers.missing_from(n) for n in (0, 3, 6, 7, 9, 12)] == [6, 6, 6, 7, 10, 12]
+    other = Numbers()
+    for number in (6, 8, 11):
+        other.add(number)
+    numbers.join(other)
+    assert numbers.missing() == [(7, 7), (10, 10)]
 
 
 def test_a_goodbye_counts_what_was_dropped(tmp_path: Path) -> None:
