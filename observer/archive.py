@@ -372,6 +372,8 @@ def describe(run: Run) -> Iterator[str]:
             )
     elif place := _place(summary):
         yield f"  SwanLab: {place}"
+    if refused := sum(account.refused for account in run.accounts):
+        yield f"  refused: {refused} values or calls that were wrong, each named once in its rank's output"
     for damaged in run.damage:
         yield f"  damaged: {damaged.path.name} at {damaged.damage.offset}: {damaged.damage.reason}"
     for alert in summary.alerts:

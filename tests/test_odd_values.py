@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 
 from swanlab_ray.actors.protocol import Completions, Scalars
 from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.observer import archive
 from swanlab_ray.observer.identity import Identity
 from swanlab_ray.observer.session import Observer
 from tests.conftest import wait_until
+from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.test_channel import ShakyLink
 
 
@@ -305,3 +307,19 @@ def test_what_comes_after_the_end_is_told_once_and_counted(
     assert statistics.dropped == {"logged after finish()": 4}
     assert caplog.text.count("logged after finish()") == 1
     wait_until(lambda: arrived(link) == {"x": 1.0})
+
+
+def test_what_was_refused_stands_in_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mortal(monkeypatch)
+    cluster = Cluster(settings_for(tmp_path))
+    first, second = (rank(cluster, Link(cluster), number, 2) for number in range(2))
+    first.log({"x": 1.0, "bad": 1j}, 0)
+    second.log({"x": 1.0}, -1)
+    second.log({"x": 1.0}, 0)
+    assert first.finish()
+    assert second.finish()
+    assert second.outcome is not None
+    assert second.outcome.rejected == 2
+    run = archive.load_run(cluster.files)
+    assert [account.refused for account in run.accounts] == [1, 1]
+    assert any(line.startswith("  refused: 2 values or calls") for line in archive.describe(run))
