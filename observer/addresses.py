@@ -36,9 +36,9 @@ def split(address: str) -> tuple[str, int]:
 def names_no_cluster(address: str) -> str | None:
     """Why a ``RAY_ADDRESS`` is not meant for ranks; None where it may be."""
     if address == "local":
-        return "asks for a cluster of the script's own"
+        return "it asks for one of the script's own"
     if address.startswith(("http://", "https://")):
-        return "is the address of a dashboard"
+        return "it is the address of a dashboard"
     return None
 
 

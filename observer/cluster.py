@@ -73,7 +73,8 @@ def attach(run_id: str, nodes: int, ranks: int = 1, dashboard: bool = True, dead
         warn_once("no ray there", f"{wrong}; this run gets a cluster of its own on this machine.")
     if nodes > 1:
         given = os.environ.get("RAY_ADDRESS")
-        reason = f" RAY_ADDRESS={given!r} {names_no_cluster(given)}." if given and names_no_cluster(given) else ""
+        wrong = given and names_no_cluster(given)
+        reason = f" RAY_ADDRESS={given!r} names none: {wrong}." if wrong else ""
         raise NoCluster(
             f"No Ray cluster is reachable and the job runs on {nodes} machines: start one (ray start --head, and "
             f"ray start --address=HEAD:6379 on the others) and set RAY_ADDRESS=HEAD:6379 on every rank.{reason}"
@@ -118,10 +119,10 @@ def _speaks_no_ray(address: str) -> str | None:
     if spoken == "gRPC":
         return None
     given = os.environ.get("RAY_ADDRESS", "")
-    named = f"RAY_ADDRESS={given!r}" if given else f"The Ray cluster {address!r} noted on this machine"
+    named = f"RAY_ADDRESS={given!r}" if given else f"{address!r}, noted on this machine as its Ray cluster,"
     if spoken == "nothing":
-        raise NoCluster(f"{named} is listened to, but no Ray cluster answers there: check host and port.")
-    return f"{named} is not the address of a Ray cluster (something else answers there)"
+        raise NoCluster(f"{named} is listened to, but nothing is answered there: check host and port.")
+    return f"{named} is none (something else answers there)"
 
 
 def attach_watcher(run_id: str | None) -> Cluster:
@@ -171,7 +172,10 @@ def running_address() -> str | None:
     given = os.environ.get("RAY_ADDRESS", "")
     no_cluster = names_no_cluster(given)
     if no_cluster:
-        warn_once("no cluster named", f"RAY_ADDRESS={given!r} {no_cluster}, not that of a cluster to report to.")
+        warn_once(
+            "no cluster named",
+            f"RAY_ADDRESS={given!r} names no cluster to report to ({no_cluster}), so it is not used.",
+        )
         return None
     if given and given != "auto":
         if "://" in given:

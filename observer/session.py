@@ -327,8 +327,9 @@ class Observer:
         while not self.wait_ready(0.1):
             waited = monotonic() - began
             if waited > STRICT_CONNECT_S or (self._channel.last_error and waited > STRICT_RETRY_S):
+                why = self._channel.last_error  # before what finish() has to say
                 self.finish("aborted", "never connected", timeout=0.1)
-                raise ConnectionError(f"The writer cannot be reached: {self._channel.last_error}")
+                raise ConnectionError(f"The writer cannot be reached: {why}")
 
     @never_raises(False)
     def flush(self, timeout: float = 10.0) -> bool:

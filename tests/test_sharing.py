@@ -1,0 +1,245 @@
+"""The script's Ray is the script's: in whatever order it is initialised, the observer's connection gives way."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from swanlab_ray.actors.writer import RunEnded
+from swanlab_ray.observer import guards, link, sharing
+from tests.conftest import Launch
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stands in for Ray's public face, and notes what really reaches it."""
+    stand_in = SimpleNamespace(connected=False, calls=[])
+
+    def init(*args: Any, **kwargs: Any) -> str:
+        assert not stand_in.connected, "Maybe you called ray.init twice by accident?"
+        stand_in.calls.append("init")
+        stand_in.connected = True
+        return "context"
+
+    def shutdown() -> None:
+        stand_in.calls.append("shutdown")
+        stand_in.connected = False
+
+    stand_in.init, stand_in.shutdown, stand_in.is_initialized = init, shutdown, lambda: stand_in.connected
+    for name, value in {"_ours": False, "_connection": 0, "_shutdown": None, "_waiting": 0, "_level": None}.items():
+        monkeypatch.setattr(sharing, name, value)
+    monkeypatch.setattr(sharing, "_turn", threading.RLock())
+    sharing.share(stand_in)
+    return stand_in
+
+
+def _observer_joins(ray: Any) -> int:
+    with sharing.using_ray():
+        ray.init()
+        return sharing.claim(ours=True)
+
+
+def test_the_script_sees_a_ray_that_is_not_initialised(ray: Any) -> None:
+    connection = _observer_joins(ray)
+    assert not ray.is_initialized()
+    ray.shutdown()
+    assert ray.calls == ["init"]
+    with sharing.using_ray(connection):
+        assert ray.is_initialized()
+
+
+def test_the_script_s_init_takes_the_connection(ray: Any) -> None:
+    connection = _observer_joins(ray)
+    assert ray.init(num_cpus=2) == "context"
+    assert ray.calls == ["init", "shutdown", "init"]
+    assert ray.is_initialized()
+    with pytest.raises(sharing.Taken), sharing.using_ray(connection):
+        pass
+    ray.shutdown()
+    assert ray.calls[-1] == "shutdown"
+
+
+def test_the_script_s_own_ray_is_not_touched(ray: Any) -> None:
+    ray.init()
+    with sharing.using_ray():
+        assert ray.is_initialized()
+        connection = sharing.claim(ours=False)
+    sharing.leave()
+    assert ray.calls == ["init"]
+    ray.shutdown()  # the script's
+    with pytest.raises(sharing.Taken), sharing.using_ray(connection):
+        pass
+
+
+def test_the_script_waits_for_one_call_of_the_observer_only(ray: Any) -> None:
+    """Who looks for an answer again and again lets it come in between."""
+    connection = _observer_joins(ray)
+    looking, over = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def look() -> None:
+        try:
+            while not over.is_set():
+                with sharing.using_ray(connection):
+                    looking.set()
+                    over.wait(0.01)
+        except sharing.Taken as error:
+            errors.append(error)
+
+    observer = threading.Thread(target=look)
+    observer.start()
+    assert looking.wait(30)
+    ray.init()
+    observer.join(30)
+    over.set()
+    assert len(errors) == 1
+    assert ray.calls == ["init", "shutdown", "init"]
+
+
+def test_an_observer_s_call_that_hangs_holds_the_script_up_for_a_while_only(
+    ray: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "SCRIPTS_TURN_S", 0.05)
+    hanging, over = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        with sharing.using_ray():
+            hanging.set()
+            over.wait(60)
+
+    observer = threading.Thread(target=hang)
+    observer.start()
+    assert hanging.wait(30)
+    assert ray.init() == "context"
+    over.set()
+    observer.join(30)
+
+
+def test_an_init_under_way_is_seen(ray: Any) -> None:
+    """The script may have entered it before its name was ours."""
+    entered, over = threading.Event(), threading.Event()
+
+    def init() -> None:
+        entered.set()
+        over.wait(60)
+
+    stand_in = SimpleNamespace(init=init)
+    assert not sharing.is_under_way(stand_in)
+    script = threading.Thread(target=init)
+    script.start()
+    assert entered.wait(30)
+    assert sharing.is_under_way(stand_in)
+    over.set()
+    script.join(30)
+    assert not sharing.is_under_way(stand_in)
+
+
+def test_ray_s_logger_is_given_back(ray: Any) -> None:
+    logger = logging.getLogger("ray")
+    before = logger.level
+    sharing.hush()
+    _observer_joins(ray)
+    assert logger.level == logging.CRITICAL
+    ray.init()
+    assert logger.level == before
+
+
+def test_a_forked_child_waits_for_nobody(ray: Any) -> None:
+    """The turn may be that of a thread it does not have, and the connection is the parent's."""
+    _observer_joins(ray)
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with sharing.using_ray():
+            held.set()
+            over.wait(60)
+
+    observer = threading.Thread(target=hold)
+    observer.start()
+    assert held.wait(30)
+    child = os.fork()
+    if child == 0:
+        ray.connected = False
+        os._exit(0 if ray.init() == "context" and ray.calls == ["init", "init"] else 1)
+    over.set()
+    observer.join(30)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_raylet_that_does_not_listen_is_not_joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Ray's core would end the process. What is patched meanwhile is Ray's again afterwards."""
+    from ray._private import ray_constants, services, worker
+
+    node = SimpleNamespace(raylet_socket_name=str(tmp_path / "raylet"), object_store_socket_name="")
+    asked: list[float] = []
+
+    def choose(client: Any, timeout_seconds: float = 60) -> Any:
+        asked.append(timeout_seconds)
+        return node
+
+    monkeypatch.setattr(services, "get_node_to_connect_for_driver", choose)
+    before = choose, getattr(ray_constants, guards.UV_HOOK), worker.listen_error_messages
+    with guards.joining():
+        assert not getattr(ray_constants, guards.UV_HOOK)
+        with pytest.raises(guards.RayletGone, match="has ended or lost its socket"):
+            services.get_node_to_connect_for_driver(None)
+    assert asked == [guards.LOCAL_NODE_S]
+    after = (
+        services.get_node_to_connect_for_driver,
+        getattr(ray_constants, guards.UV_HOOK),
+        worker.listen_error_messages,
+    )
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (RunEnded("r"), link.RunOver, "RunEnded: r"),
+        (ValueError("the run RunEnded has no such rank"), link.LinkBroken, "the run RunEnded"),
+        (ImportError("ModuleNotFoundError: No module named 'swanlab_ray'"), link.LinkBroken, "has no swanlab-ray"),
+    ],
+)
+def test_an_answer_that_is_an_exception_counts_by_its_type(error: Exception, kind: type, text: str) -> None:
+    """A run may be called as an exception is."""
+    from ray.exceptions import RayTaskError
+
+    for raised in (error, RayTaskError("hello", f"traceback\n{type(error).__name__}: {error}", error)):
+        broken = link._broken(raised)
+        assert type(broken) is kind
+        assert text in str(broken)
+        assert "\n" not in str(broken)
+
+
+def test_a_script_that_uses_ray_after_connect_has_its_own(launch: Launch) -> None:
+    """Neither its init nor a task without one meets the observer's cluster of one processor; nothing is lost."""
+    done = launch(
+        """
+        from swanlab_ray.observer import connect
+        with connect() as observer:
+            observer.log({"x": 0.0}, step=0)
+            assert observer.wait_ready(600)
+            import ray
+
+            @ray.remote(num_cpus=2)
+            def cpus():
+                return int(ray.cluster_resources()["CPU"])
+
+            assert not ray.is_initialized()
+            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+            print("task", ray.get(cpus.remote(), timeout=600))
+            observer.log({"x": 1.0}, step=1)
+            assert observer.flush(600)
+        print(observer.statistics())
+        """,
+        ranks=0,
+    ).wait()
+    assert done.code == 0, done.output
+    assert "task 2" in done.output
+    assert re.search(r"logged=2, acknowledged=2, spooled=0, dropped=\{\}", done.output), done.output
