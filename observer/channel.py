@@ -36,7 +36,7 @@ from swanlab_ray.actors.protocol import (
     encode_batch,
 )
 from swanlab_ray.actors.records import Ended, Entry
-from swanlab_ray.observer.link import CALL_DEADLINE_S, LinkBroken, NotNow, RunOver
+from swanlab_ray.observer.link import CALL_DEADLINE_S, Hopeless, LinkBroken, NotNow, RunOver
 from swanlab_ray.observer.notices import logger, warn_once
 from swanlab_ray.observer.opening import Opening
 from swanlab_ray.observer.pulse import Pulse
@@ -387,6 +387,10 @@ class Channel:
                     self.last_error = str(error) if isinstance(error, LinkBroken) else traceback.format_exc()
                     if isinstance(error, NotNow):
                         self._show([str(error)] if str(error) else [])
+                    elif isinstance(error, Hopeless):
+                        warn_once("unreachable", f"{error} The training goes on.")
+                        if self._goodbye is not None:
+                            break
                     elif self._connections == 0:
                         warn_once(
                             "unreachable", f"{self.last_error.rstrip('. ')} - the training goes on; still trying."

@@ -23,6 +23,10 @@ STARTS = 3
 DYING_S = 10.0
 """How long the name of a run's writer may lead to one that has just ended."""
 
+FORKED = (
+    "This process was forked from one that had used Ray, such as a notebook after connect(), and Ray does not work in "
+    "a fork: what this rank logs is put on its disk. Let only the launched function call connect(), in a new kernel."
+)
 REFERENCE_BYTES = 4 << 20
 """A larger batch is sent as an object reference. Below that a value is faster, and it needs no raylet: a rank would die
 with the one of its node while it puts an object."""
@@ -34,6 +38,10 @@ class LinkBroken(ConnectionError):
 
 class RunOver(LinkBroken):
     """The run has ended; its writer takes nothing more."""
+
+
+class Hopeless(LinkBroken):
+    """This process cannot reach the writer, however long it tries."""
 
 
 class NotNow(LinkBroken):
@@ -73,7 +81,7 @@ class RayLink:
     def open(self, hello: Hello) -> Ack:
         """Say hello to this run's writer, creating it if this rank comes first."""
         if self._hopeless is not None:
-            raise LinkBroken(self._hopeless)
+            raise Hopeless(self._hopeless)
         try:
             return self._open(hello)
         except LinkBroken:
@@ -85,6 +93,9 @@ class RayLink:
         # Ray Train tells its run only after Ray is imported; otherwise the id is there before Ray is.
         if self.run_id is None:
             self.run_id = resolve_run_id(self._settings, self._identity)
+        if sharing.forked_with_ray():
+            self._hopeless = FORKED
+            raise Hopeless(FORKED)
         if self._cluster is None:
             self._cluster = cluster.attach(
                 self.run_id,

@@ -35,6 +35,7 @@ _thread = threading.local()
 _waiting = 0  # calls of the script that wait for their turn
 _ours = False
 _connection = 0  # counts what Ray was connected to
+_forked_with_ray = False
 _shutdown: Callable[..., Any] | None = None  # Ray's
 _level: int | None = None  # of Ray's logger, before we changed it
 
@@ -168,8 +169,16 @@ def _is_observer() -> bool:
 
 def _after_fork() -> None:
     """The turn may be that of a thread that the child does not have; the connection is the parent's."""
-    global _turn, _ours, _waiting
+    global _turn, _ours, _waiting, _forked_with_ray
     _turn, _ours, _waiting = threading.RLock(), False, 0
+    initialised = getattr(sys.modules.get("ray"), "is_initialized", None)  # it may be half imported
+    _forked_with_ray = _forked_with_ray or _connection > 0 or (initialised is not None and initialised())
+
+
+def forked_with_ray() -> bool:
+    """Whether this is a fork of a process in which Ray was initialised, once at least: its core cannot be made anew
+    here, and the one that there was has none of its threads."""
+    return _forked_with_ray
 
 
 os.register_at_fork(after_in_child=_after_fork)
