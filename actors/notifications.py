@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterable
 
@@ -255,7 +256,7 @@ class Notifications:
         if not status.url:
             facts.append((_WHERE, status.run_dir or status.journal))
             if status.mode != "local":
-                facts.append((_UPLOAD, f"swanlab-ray sync {status.journal}"))
+                facts.append((_UPLOAD, f"swanlab-ray sync {shlex.quote(status.journal)}"))
         return facts
 
     def _time_left(self, status: WriterStatus, now: float) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from swanlab_ray.actors.protocol import Hang, WriterStatus
 from swanlab_ray.actors.text import first_line
 
@@ -13,7 +15,7 @@ REPEATED = "Logged twice: "
 def ending(status: WriterStatus) -> str:
     """How a run ended and where it lies, in one sentence for its user."""
     where = status.url or status.run_dir or status.journal
-    upload = f" (upload it with: swanlab-ray sync {status.journal})" if status.mode == "offline" else ""
+    upload = f" (upload it with: swanlab-ray sync {shlex.quote(status.journal)})" if status.mode == "offline" else ""
     error = f", {first_line(status.error)}" if status.error else ""
     return f"run {status.run_id} ended: {status.state}{error}; {where}{upload}"
 

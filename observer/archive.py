@@ -353,7 +353,7 @@ def describe(run: Run) -> Iterator[str]:
     summary, settings = run.summary, run.files.header.settings
     name = settings.get("experiment_name") or run.files.run_id
     state = f"{run.state}, only spooled" if run.only_spooled else run.state
-    yield f"{settings.get('project')} / {name} ({settings.get('mode')}): {state}"
+    yield f"{settings.get('project', '?')} / {name} ({settings.get('mode', '?')}): {state}"
     if summary.finished and summary.finished.error:
         yield f"  {first_line(summary.finished.error)}"
     yield f"  from {moment(run.first_ns)} to {moment(run.last_ns)}, {summary.world_size} ranks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -152,7 +153,9 @@ def runs(log_dir: Path, as_json: bool) -> None:
 @click.option("--completions", is_flag=True, help="Show what the model was shown and has said, of every rank.")
 @click.option("--phases", is_flag=True, help="Show where the time of the steps went, by phase and rank.")
 @click.option("--stacks", is_flag=True, help="Show where the ranks stood when the job hung.")
-@click.option("--last", type=click.IntRange(1), help="Completions to show [default: 20], or steps [default: 1000].")
+@click.option(
+    "--last", type=click.IntRange(1, 10**9), help="Completions to show [default: 20], or steps [default: 1000]."
+)
 @_log_dir
 @_as_json
 def show(
@@ -235,10 +238,10 @@ def trace(run_id: str | None, output: Path, steps: str | None, log_dir: Path) ->
 
 
 def _steps(text: str) -> range:
-    first, colon, last = text.partition(":")
-    if not colon or not (first or "0").isdigit() or not (last or "0").isdigit():
+    found = re.fullmatch("([0-9]{0,18}):([0-9]{0,18})", text)
+    if found is None:
         raise click.UsageError(f"--steps {text!r} is no range of steps: write it as 100:200 (or 100: or :200).")
-    chosen = range(int(first or 0), int(last) + 1 if last else 1 << 62)
+    chosen = range(int(found[1] or 0), int(found[2]) + 1 if found[2] else 1 << 63)
     if not chosen:
         raise click.UsageError(f"--steps {text!r} is no range of steps: it ends before it begins.")
     return chosen
@@ -311,7 +314,7 @@ def doctor(lark: bool) -> None:
     """Check the settings that the environment gives; with --lark also the Lark (Feishu) bot, by a test message."""
     settings: ObserverSettings = _guarded(ObserverSettings)
     _guarded(lambda: check_writable(settings.log_dir))
-    print(f"Settings: project {settings.project or '(none)'}, mode {settings.mode}, runs in {settings.log_dir}")
+    print(shown(f"Settings: project {settings.project or '(none)'}, mode {settings.mode}, runs in {settings.log_dir}"))
     if lark:
         print(_test_lark(settings))
 

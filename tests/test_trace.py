@@ -159,6 +159,8 @@ def test_a_part_of_it_compressed(log_dir: Path, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--steps", "ten"], "--steps 'ten' is no range of steps: write it as 100:200"),
+        (["--steps", "²:3"], "--steps '²:3' is no range of steps: write it as 100:200"),
+        (["--steps", "9" * 5000 + ":"], "is no range of steps: write it as 100:200"),
         (["--steps", "5:2"], "--steps '5:2' is no range of steps: it ends before it begins."),
         (["--steps", "7:9"], "Run 'traced' has no spans in steps 7:9."),
         (["nobody"], "'nobody' names no run, or several, in"),
@@ -237,3 +239,30 @@ def test_ended_lives_and_those_that_were_started_again(tmp_path: Path) -> None:
     write_journal(tmp_path, "resumed", entries)
     steps = json.loads(run("show", "--phases", "--json", log_dir=tmp_path).stdout)
     assert [(step["step"], step["ranks"]["0"]["data"]) for step in steps] == [(1, 0.01), (2, pytest.approx(0.049))]
+
+
+def test_clocks_that_jump_and_spans_that_end_before_they_begin(tmp_path: Path) -> None:
+    """A clock that is set between two batches of a host, durations below zero, an alert from before the first span:
+    the file is a trace all the same, and no time in it or in the phases is negative."""
+    back = spans(0, 2, ("data", -9_000_000, -8_999_000), ("forward", -8_999_000, -8_998_500), at=1)
+    wrong = spans(0, 3, ("data", 50, 20), ("forward", 20, 20), at=2)
+    far = spans(1, 3, ("data", 1 << 40, (1 << 40) + 5), at=0)
+    entries: list[Entry] = [
+        Alert(text="before all", time_ns=BEGAN - 3_600 * 1000 * MS),
+        arrived(0),
+        arrived(1),
+        spans(0, 1, ("data", 0, 10), ("forward", 10, 30)),
+        back,
+        wrong,
+        far,
+    ]
+    write_journal(tmp_path, "jumps", entries)
+    output = tmp_path / "t.json"
+    assert run("trace", "-o", str(output), log_dir=tmp_path).exit_code == 0
+    events = traced(output)
+    check_format(events)
+    assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+    assert sum(event["ph"] == "X" for event in events) == 7
+    assert "before all" in {event["name"] for event in events}
+    for step in json.loads(run("show", "--phases", "--json", log_dir=tmp_path).stdout):
+        assert all(seconds >= 0 for phases in step["ranks"].values() for seconds in phases.values())
