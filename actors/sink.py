@@ -63,7 +63,7 @@ class Sink:
         self.run_dir: str | None = None
         self.url: str | None = None
         self.written = 0
-        """Scalars that SwanLab has taken."""
+        """Scalars that SwanLab has: its cloud has confirmed them, or they are in its run's file."""
         self.thinned = 0
         """Scalars that it could not take in time."""
         self.withheld = 0
@@ -92,13 +92,12 @@ class Sink:
         """Queue a row. Where the queue is full this waits, or thins."""
         row = self._fit(step, time_ns, values, table)
         with self._room:
-            while self._waiting > QUEUE_SCALARS and self.waits and not self._failed and self._left() > 0:
+            while self._waiting > QUEUE_SCALARS and self._patient and not self._failed and self._left() > 0:
                 self._room.wait(min(1.0, self._left()))
-            if self._failed or self._waiting > QUEUE_SCALARS:
+            if self._failed:
                 self._lose(row)
                 return
-            self._waiting += row.weight
-            self._rows.append(row)
+            self._queue(row)
 
     def config(self, values: dict[str, Any]) -> None:
         """Queue an update of the run's configuration."""
@@ -143,6 +142,23 @@ class Sink:
     def _patience(self) -> float:
         return FINISH_DEADLINE_S
 
+    def _closing(self) -> float:
+        """Seconds of the end's deadline that closing the run may take."""
+        return 0.0
+
+    @property
+    def _patient(self) -> bool:
+        """Whether a row waits for room now."""
+        return self.waits
+
+    def _queue(self, row: Row) -> None:
+        """Take a row. The queue's lock is held."""
+        if self._waiting > QUEUE_SCALARS:
+            self._lose(row)
+            return
+        self._waiting += row.weight
+        self._rows.append(row)
+
     # Their tools.
 
     def _left(self) -> float:
@@ -183,7 +199,8 @@ class Sink:
             self.complete = False
         except Exception as error:  # the writer must go on answering the ranks
             self.complete = False
-            self.notice(f"SwanLab stopped taking data: {brief(error)}. The rest of this run is in the journal only.")
+            reason = str(error) if isinstance(error, Stopped) else brief(error)
+            self.notice(f"SwanLab stopped taking data: {reason}. The rest of this run is in the journal only.")
             self._fail()
             self._wake.wait()  # for the end
             with suppress(Exception):
@@ -203,7 +220,7 @@ class Sink:
                 self._excuse("the run's configuration", error)
             self._configs.popleft()
         while self._rows:
-            if self._left() <= 0:
+            if self._left() <= self._closing():
                 self.complete = False
                 return
             row = self._rows[0]

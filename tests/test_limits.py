@@ -1,0 +1,282 @@
+"""What SwanLab takes and what it does not, in each mode: every good value arrives, the counts are those of what is
+there, and what is left out is told under its name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from swanlab.sdk.internal.pkg import constraints
+from swanlab.sdk.internal.run.fmt import validate_key
+
+from swanlab_ray.actors import cloud_run, swanlab_run
+from swanlab_ray.actors.cloud_run import CloudRun
+from swanlab_ray.actors.limits import HIGHEST_STEP, fit_config, fitting
+from swanlab_ray.actors.protocol import State
+from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.sink import Row, Sink
+from swanlab_ray.actors.swanlab_run import SwanLabRun, remove_run
+from swanlab_ray.actors.thinning import Thinning
+from tests.conftest import wait_until
+from tests.swanlab_cloud import SwanLabCloud
+from tests.swanlab_file import only_run
+
+MODES = ["cloud", "local", "offline"]
+NASTY = [
+    "/lead", "trail/", " sp ", "a\tb", "", "n" * 600, "n" * 601, "trail.", "中文/损失", "a b", "a%b",
+    "x'y\"z", "<script>", "a\nb", "\x00nul", "..", "a//b", "[red]r[/red]", "a\\b", "\u202eabc", "ÄÖ", "\x7f",
+    "a\u00a0", "\u3000", "\ud800",
+    "__swanlab__.x", "rlhf_completions", "n" * 512, "n" * 513, "sp", "lead",
+]  # fmt: skip
+
+
+class Delivered:
+    """A sink of a mode, and what has arrived."""
+
+    def __init__(self, mode: str, log_dir: Path, cloud: SwanLabCloud) -> None:
+        self.notices: list[str] = []
+        self.cloud = cloud
+        self.settings = ObserverSettings(project="p", mode=mode, log_dir=log_dir)
+        self.sink: Sink
+        if mode == "cloud":
+            self.sink = CloudRun(self.settings, "r", 0, "journal", lambda rows: None, self._tell, lambda sink: None)
+        else:
+            self.sink = SwanLabRun(self.settings, "r", [], self._tell, lambda sink: None)
+        self.sink.waits = True
+
+    def _tell(self, sentence: str) -> None:
+        self.notices.append(sentence)
+
+    def write(self, step: int, values: dict[str, float], time_ns: int = 1_700_000_000 * 10**9) -> None:
+        self.sink.write(step, time_ns, values)
+
+    def finish(self, state: State = "success") -> dict[str, dict[int, float]]:
+        self.sink.finish(state, None)
+        assert self.sink.closed.wait(60)
+        if self.sink.mode == "cloud":
+            assert self.cloud.only().state == "FINISHED"
+            return self.cloud.only().points
+        run = only_run(self.settings.log_dir)
+        assert run.state == "finished"
+        return run.scalars
+
+    @property
+    def config(self) -> dict[str, Any]:
+        if self.sink.mode == "cloud":
+            return {name: entry["value"] for name, entry in self.cloud.only().profile["config"].items()}
+        return only_run(self.settings.log_dir).config
+
+
+@pytest.fixture
+def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[SwanLabCloud]:
+    monkeypatch.setattr(cloud_run, "RETRY_S", (0.02, 0.2))
+    with SwanLabCloud() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+@given(st.text(max_size=600) | st.sampled_from(NASTY))
+def test_a_fitted_name_is_one_that_swanlab_leaves_as_it_is(name: str) -> None:
+    fitted = fitting(name)
+    if fitted is not None:
+        assert validate_key(fitted) == constraints.ta_metric_key.validate_python(fitted) == fitted
+        assert fitting(fitted) == fitted
+    try:
+        good = validate_key(name) == name == name.strip() and len(name) <= 512
+    except Exception:
+        good = False
+    if good and name.isprintable() and name != "rlhf_completions" and not name.startswith("__swanlab__."):
+        assert fitted == name
+
+
+names = st.lists(st.text(max_size=20) | st.sampled_from(NASTY), min_size=5, max_size=25, unique=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(odd=names)
+def test_odd_names_cost_no_other(
+    odd: list[str], mode: str, tmp_path_factory: pytest.TempPathFactory, cloud: SwanLabCloud
+) -> None:
+    """What arrives under a name is what was logged under it, or under one name that it stands for."""
+    cloud.experiments.clear()
+    run = Delivered(mode, tmp_path_factory.mktemp(mode), cloud)
+    values = {name: float(number) for number, name in enumerate(odd)} | {"good": -1.0}
+    for step in range(3):
+        run.write(step, {name: value + step / 8 for name, value in values.items()})
+    points = run.finish()
+    assert points["good"] == {step: -1.0 + step / 8 for step in range(3)}
+    of_value = {value: name for name, value in values.items()}
+    for sent, series in points.items():
+        name = of_value[series[0]]
+        assert series == {step: values[name] + step / 8 for step in range(3)}
+        assert fitting(name) == sent
+    for name in odd:
+        if fitting(name) == name:
+            assert name in points
+        else:
+            assert len(run.notices) > 20 or any("is no name for SwanLab" in notice for notice in run.notices)
+    assert run.sink.written == sum(map(len, points.values()))
+    assert run.sink.written + run.sink.withheld == 3 * len(values)
+    assert len(run.notices) <= 22
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_odd_steps_times_and_values_cost_no_other(mode: str, tmp_path: Path, cloud: SwanLabCloud) -> None:
+    run = Delivered(mode, tmp_path, cloud)
+    for step in [0, 2**63 + 5, 1, HIGHEST_STEP, HIGHEST_STEP + 1, 2**64 - 1]:
+        run.write(step, {"x": 1.0, "y": 2.0})
+    for step, time_ns in enumerate([-1, 0, 2**63, 2**64 - 1], 2):
+        run.write(step, {"x": 1.0}, time_ns)
+    run.write(6, {"x": 1e308, "y": -0.0})
+    points = run.finish()
+    assert set(points["x"]) == {0, 1, 2, 3, 4, 5, 6, HIGHEST_STEP}
+    assert set(points["y"]) == {0, 1, 6, HIGHEST_STEP}
+    assert (run.sink.written, run.sink.withheld) == (12, 6)
+    assert [("'x'" in notice or "'y'" in notice) and "2^48" in notice for notice in run.notices] == [True, True]
+    assert run.sink.complete
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_odd_configuration_costs_no_part_and_no_value(mode: str, tmp_path: Path, cloud: SwanLabCloud) -> None:
+    class Odd:
+        def __str__(self) -> str:
+            raise ValueError("cannot be described")
+
+    run = Delivered(mode, tmp_path, cloud)
+    deep: Any = "end"
+    for _ in range(500):
+        deep = [deep]
+    run.sink.config({"a": 10**30, "b": "\ud800", "c": math.inf, "d": deep, "e": {1: b"x"}, "f": Odd(), "g": 10**5000})
+    run.sink.config({"lr": 0.1, "text": "x" * 100_000})
+    run.write(0, {"x": 1.0})
+    assert run.finish() == {"x": {0: 1.0}}
+    config = run.config
+    assert (config["a"], config["b"], config["c"], config["lr"]) == (1e30, "?", "inf", 0.1)
+    assert (config["e"], config["f"], config["g"]) == ({"1": "b'x'"}, "Odd", "an integer of 16610 bits")
+    assert config["text"].endswith("[... 83616 more characters]")
+    assert run.notices == []
+
+
+@given(st.recursive(st.integers() | st.floats() | st.text() | st.binary() | st.none(), st.lists, max_leaves=20))
+def test_a_fitted_configuration_stays_as_it_is(value: Any) -> None:
+    fitted = fit_config({"value": value})
+    assert fit_config(fitted) == fitted
+
+
+def test_what_raises_at_one_row_costs_no_other(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = swanlab_run._log_at
+
+    def log_at(run: Any, values: dict[str, Any], step: int, time_ns: int) -> None:
+        if step == 2:
+            raise KeyError("of another version")
+        real(run, values, step, time_ns)
+
+    monkeypatch.setattr(swanlab_run, "_log_at", log_at)
+    run = Delivered("offline", tmp_path, cloud)
+    for step in range(5):
+        run.write(step, {"x": 1.0})
+    assert set(run.finish()["x"]) == {0, 1, 3, 4}
+    assert (run.sink.written, run.sink.withheld, len(run.notices)) == (4, 1, 1)
+    assert "what was logged at step 2 (KeyError: 'of another version')" in run.notices[0]
+
+
+def test_a_step_that_comes_again_is_not_counted_as_written(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    """SwanLab's run on disk keeps the first value, without a word."""
+    run = Delivered("offline", tmp_path, cloud)
+    for epoch in range(3):
+        for step in range(10):
+            run.write(step, {"x": float(epoch)})
+    assert run.finish() == {"x": dict.fromkeys(range(10), 0.0)}
+    assert (run.sink.written, run.sink.withheld) == (10, 20)
+    assert run.notices == [
+        "SwanLab's run has not taken 20 scalars: it keeps the first value of a step. The journal has all."
+    ]
+
+
+def test_a_consumer_that_has_ended_is_told(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    """As with the Stop button of the local dashboard."""
+    run = Delivered("offline", tmp_path, cloud)
+    run.write(0, {"x": 1.0})
+    wait_until(lambda: run.sink.written == 1)
+    assert isinstance(run.sink, SwanLabRun)
+    run.sink._run._components.consumer.stop()
+    run.sink._run._components.consumer.join()
+    run.write(1, {"x": 1.0})
+    wait_until(lambda: bool(run.notices))
+    assert run.notices[0].startswith("SwanLab stopped taking data: its consumer thread has ended")
+    run.finish()
+
+
+def test_what_local_mode_cannot_take_is_thinned_evenly_and_closed_in_time(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swanlab_run, "LOCAL_WAITING", 60)
+    monkeypatch.setattr(swanlab_run, "LOCAL_LAG_S", 0.0)
+    run = Delivered("local", tmp_path, cloud)
+    run.sink.waits = False
+    wait_until(lambda: run.sink.run_dir is not None)
+    for step in range(400):
+        run.write(step, {f"layer{n}": float(step) for n in range(10)} | ({"eval": 1.0} if step % 50 == 0 else {}))
+    points = run.finish()
+    written = sum(map(len, points.values()))
+    assert run.sink.written == written
+    assert run.sink.written + run.sink.thinned == 400 * 10 + 8
+    assert run.sink.thinned > 2000
+    for name in (f"layer{n}" for n in range(10)):
+        steps = sorted(points[name])
+        assert steps[0] < 10
+        assert steps[-1] > 250
+        assert max(after - before for before, after in itertools.pairwise(steps)) <= 160
+    assert len(points["eval"]) >= 3
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 1000), min_size=2, max_size=60), st.integers(1, 40))
+def test_thinning_counts_what_it_leaves_out(steps: list[int], weight: int) -> None:
+    lost: list[int] = []
+    thinning = Thinning(lambda row: lost.append(len(row.values)))
+    rows = deque(Row(step, 0, {"a": 1.0, "b": 2.0}) for step in steps)
+    weighs = thinning.thin(rows, weight)
+    assert weighs == sum(row.weight for row in rows)
+    assert weighs <= weight or len(rows) == 1
+    assert weighs + sum(lost) == 2 * len(steps)
+    assert rows[0].step == steps[0]
+
+
+def test_only_runs_of_ours_are_removed(tmp_path: Path) -> None:
+    """A journal may name any directory."""
+
+    def run(directory: Path, run_id: str = "r") -> Path:
+        directory.mkdir(parents=True)
+        (directory / f"run-{run_id}.swanlab").write_text("")
+        return directory
+
+    log_dir = tmp_path / "log"
+    mine, empty = run(log_dir / "run-1-r"), log_dir / "run-2-r"
+    (empty / "media").mkdir(parents=True)
+    kept = [
+        run(log_dir / "run-3-other", "other"),
+        run(log_dir / "mine"),
+        run(tmp_path / "run-4-r"),
+        run(log_dir / "deeper" / "run-5-r"),
+    ]
+    (log_dir / "run-6-r").symlink_to(kept[0])
+    for directory in [mine, empty, *kept, log_dir / "run-6-r", log_dir / "run-7-none", log_dir / "run-8" / ".." / ".."]:
+        remove_run(directory, log_dir, "r")
+    assert not mine.exists()
+    assert not empty.exists()
+    assert all((directory / "run-r.swanlab").exists() or directory == kept[0] for directory in kept)
+    assert (kept[0] / "run-other.swanlab").exists()
+    assert (log_dir / "run-6-r").is_symlink()
