@@ -18,7 +18,13 @@ from swanlab_ray.observer.addresses import NoCluster as NoCluster
 from swanlab_ray.observer.addresses import answers as _answers
 from swanlab_ray.observer.addresses import names_no_cluster, noted_on_this_machine, speech
 from swanlab_ray.observer.exits import run_exit_handler_first
-from swanlab_ray.observer.guards import RayletGone, joining, process_unchanged, set_environment
+from swanlab_ray.observer.guards import (
+    RayletGone,
+    joining,
+    occupy_standard_descriptors,
+    process_unchanged,
+    set_environment,
+)
 from swanlab_ray.observer.notices import warn_once
 from swanlab_ray.observer.private import Deadline, described, leave_private, never, start_private, wait_started
 
@@ -58,6 +64,7 @@ def attach(run_id: str, nodes: int, ranks: int = 1, dashboard: bool = True, dead
         NoCluster: none can be reached.
     """
     set_environment()
+    occupy_standard_descriptors()
     if importlib.util.find_spec("ray") is None:
         raise NoCluster("Ray is not installed: pip install 'ray>=2.50'.")
     scripts = _scripts_own(ranks)
@@ -132,6 +139,7 @@ def attach_watcher(run_id: str | None) -> Cluster:
         NoCluster: there is none, or several private ones and no run id to tell which.
     """
     set_environment()
+    occupy_standard_descriptors()
     private = {}
     for name, directory in directories.published():
         with suppress(OSError, ValueError, KeyError):

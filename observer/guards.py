@@ -40,6 +40,14 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def occupy_standard_descriptors() -> None:
+    """Where standard input, output or error are closed, Ray's sockets would get their numbers, and all that anybody
+    prints would go into them."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
 def _is_ray_worker() -> bool:
     """Whether Ray has started this process, so that it ends with its node's raylet whatever is set."""
     core = sys.modules.get("ray._private.worker")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from swanlab_ray.observer import archive, keeper
-from tests.conftest import Launch, SharedCluster, run_forked
+from tests.conftest import Launch, SharedCluster, environment, run_forked
 from tests.swanlab_file import ended_run, only_run
 
 TRAIN = """
@@ -219,3 +220,41 @@ def test_several_machines_without_a_cluster_are_told_what_to_start(
     monkeypatch.delitem(sys.modules, "ray", raising=False)  # other tests have initialised it
     with pytest.raises(cluster.NoCluster, match=r"the job runs on 2 machines: start one \(ray start --head"):
         cluster.attach("run", nodes=2)
+
+
+@pytest.mark.parametrize("closed", ["2", "1, 2", "0, 1, 2"])
+def test_closed_standard_descriptors_are_no_socket_s(closed: str) -> None:
+    code = f"""
+import os, sys
+for number in ({closed},): os.close(number)
+from swanlab_ray.observer.guards import occupy_standard_descriptors
+occupy_standard_descriptors()
+assert all(os.readlink(f"/proc/self/fd/{{number}}") == "/dev/null" for number in ({closed},))
+reader, writer = os.pipe()
+assert reader > 2, reader
+os._exit(7)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, env=environment()).returncode == 7
+
+
+def test_a_process_without_standard_descriptors_reports(
+    launch: Launch, tmp_path: Path, in_cluster: SharedCluster
+) -> None:
+    """As a daemon starts them, which has closed its own."""
+    done = launch(
+        """
+        import os
+        from swanlab_ray.observer import connect
+        for number in (0, 1, 2):
+            os.close(number)
+        observer = connect()
+        for step in range(20):
+            observer.log({"x": step, "bad": None}, step)
+        os._exit(0 if observer.finish() else 1)
+        """,
+        ranks=0,
+        OBSERVER_LOG_DIR=str(tmp_path / "swanlog"),
+    ).wait()
+    assert done.code == 0
+    (run,) = archive.load(tmp_path / "swanlog")
+    assert (run.state, run.accounts[0].written) == ("success", 20)
