@@ -51,3 +51,21 @@ def detect(trainer: object) -> str | None:
             if found and (found[1] == name or not exact):
                 return _TRAINERS.get(found[1])
     return next((algorithm for method, algorithm in _METHODS.items() if hasattr(trainer, method)), None)
+
+
+_COMPUTES = (
+    *("compute_loss", "_compute_loss", "get_batch_loss_metrics", "concatenated_forward", "training_step"),
+    *("_generate_and_score_completions", "_generate"),
+)
+"""What rows are taken from."""
+
+
+def of_a_framework(trainer: object) -> str:
+    """Says which class derived from the library's computes something in its own way; else nothing."""
+    for base in type(trainer).__mro__:
+        if base.__module__.partition(".")[0] in ("trl", "transformers"):
+            return ""
+        own = [name for name in _COMPUTES if name in vars(base)]
+        if own:
+            return f": {base.__module__}.{base.__qualname__} has its own {' and '.join(own)}"
+    return ""

@@ -17,8 +17,9 @@ from types import FrameType
 from typing import Any
 
 from swanlab_ray.actors.protocol import COMPLETIONS, TOKENIZER
-from swanlab_ray.observer.algorithms import class_name, detect
+from swanlab_ray.observer.algorithms import class_name, detect, of_a_framework
 from swanlab_ray.observer.cells import Columns
+from swanlab_ray.observer.exits import headline
 from swanlab_ray.observer.notices import logger
 from swanlab_ray.observer.rows import Snapshot, Unknown, duels, generated, judged, pairs
 from swanlab_ray.observer.session import Observer, current
@@ -140,7 +141,7 @@ class CompletionCapture:
             # Of the micro-batches of a step, the last one.
             if trainer is None or not self._guarded(lambda: trainer.accelerator.sync_gradients and self._due(trainer)):
                 return method(model, inputs, *args, **kwargs)
-            tap: _Tap | None = self._guarded(lambda: _Tap(trainer.accelerator))
+            tap: _Tap | None = self._guarded(lambda: _Tap(trainer))
             if tap is None:
                 return method(model, inputs, *args, **kwargs)
             try:
@@ -207,18 +208,18 @@ class CompletionCapture:
         if not self.active:
             return
         self.active = False
-        # One warning for the job: the ranks are alike.
+        trainer = self._trainer()
         versions = [
             f"{name} {sys.modules[name].__version__}" for name in ("trl", "transformers") if name in sys.modules
         ]
         logger.log(
-            logging.WARNING if self.observer.rank == 0 else logging.DEBUG,
-            "Completions are not logged any more: the %s trainer of %s is not as expected (%s: %s). "
+            logging.WARNING if self.observer.rank == 0 else logging.DEBUG,  # one for the job: the ranks are alike
+            "Completions are not logged any more: the %s trainer of %s is not as expected (%s)%s. "
             "The training goes on; log_completions(rows, step) can be used instead.",
             self.algorithm,
             " and ".join(versions),
-            type(error).__name__,
-            error,
+            headline(error)[:200],
+            ("" if trainer is None else of_a_framework(trainer)),
         )
 
 
@@ -226,19 +227,25 @@ def _nobody() -> None: ...
 
 
 class _Tap:
-    """Shows who calls ``accelerator.gather``, until it is removed: the last function that has the mark."""
+    """Shows who gathers or keeps metrics, until it is removed: the last function that has the mark."""
 
-    def __init__(self, accelerator: Any) -> None:
-        self._own = vars(accelerator)
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = vars(trainer)
+        self._own = vars(trainer.accelerator)
         self._before = {name: self._own[name] for name in _GATHERS if name in self._own}
         self._frame: FrameType | None = None
-        self._own.update({name: self._shown(getattr(accelerator, name)) for name in _GATHERS})
+        self._own.update({name: self._shown(getattr(trainer.accelerator, name)) for name in _GATHERS})
+        self._metrics: Any = self._trainer.get("_metrics")
+        if type(self._metrics) is dict:  # a framework's subclass may gather nothing
+            self._trainer["_metrics"] = _Shown(self._metrics, self._look)
+
+    def _look(self, frame: FrameType) -> None:
+        if frame is not self._frame and _MARK in frame.f_code.co_varnames:
+            self._frame = frame
 
     def _shown(self, gather: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
-            frame = sys._getframe(1)
-            if frame is not self._frame and _MARK in frame.f_code.co_varnames:
-                self._frame = frame
+            self._look(sys._getframe(1))
             return gather(*args, **kwargs)
 
         return called
@@ -248,11 +255,27 @@ class _Tap:
         return {} if self._frame is None else self._frame.f_locals
 
     def remove(self) -> None:
-        """Let go of the accelerator and of the variables: the batch's logits must be gone before the backward pass."""
+        """Let go of trainer, accelerator and variables: the batch's logits must be gone before the backward pass."""
         self._frame = None
         for name in _GATHERS:
             self._own.pop(name, None)
         self._own.update(self._before)
+        shown = self._trainer.get("_metrics")
+        if isinstance(shown, _Shown):
+            self._metrics.update(shown)
+            self._trainer["_metrics"] = self._metrics
+
+
+class _Shown(dict[Any, Any]):
+    """The metrics that a trainer keeps, which show who asks for one."""
+
+    def __init__(self, metrics: dict[Any, Any], look: Callable[[FrameType], None]) -> None:
+        super().__init__(metrics)
+        self._look = look
+
+    def __getitem__(self, name: Any) -> Any:
+        self._look(sys._getframe(1))
+        return super().__getitem__(name)
 
 
 class _Texts:

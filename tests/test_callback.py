@@ -6,6 +6,7 @@ import base64
 import copy
 import json
 import math
+import os
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer import ObserverCallback, current
 from swanlab_ray.observer.describe import run_config
 from tests import tiny
-from tests.conftest import SharedCluster, run_forked
+from tests.conftest import Launch, SharedCluster, run_forked
 from tests.incarnations import Cluster, Link, logged_in, mortal, settings_for
 from tests.swanlab_file import RunFile, ended_run, only_run
 
@@ -317,7 +318,7 @@ def test_metrics_of_odd_types_cost_no_others(
 
     class Logs(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            trainer.log(dict(odd))  # type: ignore[arg-type]
+            trainer.log(dict(odd))
 
     numbers = {name: value for name, value in odd.items() if isinstance(name, str)}
     trainer = tiny.trainer(
@@ -396,6 +397,27 @@ def test_a_failing_observer_never_stops_training(
     assert trainer.state.global_step == 4
     failures = [record.message for record in caplog.records if "on_step_end failed" in record.message]
     assert failures == ["on_step_end failed: ZeroDivisionError: division by zero; the training goes on."]
+
+
+@pytest.mark.parametrize("overlays", [(), ("0.19.1", "transformers-4")], ids=["Transformers 5", "Transformers 4.57"])
+def test_a_rank_s_own_loss_is_per_token_of_its_own(tmp_path: Path, launch: Launch, overlays: tuple[str, ...]) -> None:
+    """Two ranks with tokens in uneven numbers: also where the Trainer divides by those of all ranks, with several
+    micro-batches, with a loss or a model of another kind."""
+    root = Path(__file__).parents[1]
+    paths = [root / "build" / "trl" / name for name in overlays]
+    if not all(path.is_dir() for path in paths):
+        pytest.skip("Transformers 4.57 is not there: `make test` installs it")
+    source = "from tests.own_loss_job import main; from pathlib import Path; main(Path.cwd())"
+    if overlays:
+        done = launch(source, ranks=2, forks=True, PYTHONPATH=os.pathsep.join(map(str, [*paths, root]))).wait()
+    else:
+        done = run_forked(source, tmp_path, ranks=2)
+    assert done.code == 0, done.output
+    for rank in range(2):
+        results = json.loads((tmp_path / f"losses-{rank}.json").read_text())
+        for name, (shown, true) in results.items():
+            assert len(shown) == 2
+            assert shown == pytest.approx(true, rel=1e-3), name
 
 
 TRAIN_TWO_RANKS = """

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import logging
 import os
+import re
+import textwrap
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -248,6 +251,30 @@ def test_unknown_internals_disable_the_capture_and_nothing_else(
     (said,) = [record.getMessage() for record in caplog.records if "Completions" in record.getMessage()]
     assert said.startswith("Completions are not logged any more: the dpo trainer of trl ")
     assert "no variable chosen_rewards" in said
+    assert "<locals>.Changed has its own _compute_loss" in said
+
+
+def test_a_subclass_that_gathers_nothing_is_captured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As those of frameworks that copy the loss of a trainer, and log each rank's own metrics."""
+    mortal(monkeypatch)
+    cluster = Cluster(settings_for(tmp_path / "swanlog", completion_log_interval=1))
+    observer = rank(cluster, Link(cluster))
+    found, _ = rlhf.home("DPO")
+    source = textwrap.dedent(inspect.getsource(found._compute_loss))
+    names = dict(vars(inspect.getmodule(found)))
+    exec(re.sub(r"self\.accelerator\.gather(_for_metrics)?\(", "(", source), names)
+    custom = type("CustomDPOTrainer", (found,), {"_compute_loss": names["_compute_loss"]})
+    trainer = rlhf.trainer("dpo", tmp_path, kind=custom)
+    kept = trainer._metrics
+    with caplog.at_level(logging.WARNING, "swanlab_ray"):
+        completions.attach(trainer, observer)
+        trainer.train()
+    assert trainer._metrics is kept
+    assert observer.finish()
+    assert "ompletions are not" not in caplog.text
+    check("dpo", list(transcripts.completions(cluster.files)), trainer.state.log_history)
 
 
 def test_attached_twice_captures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
