@@ -299,8 +299,8 @@ def runs_table(runs: list[Run]) -> Grid:
     """A row per run."""
     grid = Grid(
         Column("run"),  # it is there to be copied
-        Column("project", least=8),
-        Column("state", least=10),
+        Column("project", least=5),  # so that ids of our own making fit into 80 columns
+        Column("state", least=7),
         Column("started", least=10),
         *(Column(name, right=True) for name in ("lasted", "ranks", "events", "lost")),
     )

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from rich import box
@@ -98,29 +98,33 @@ class Grid:
         self._rows.append(tuple(one if isinstance(one, Text) else cell(one) for one in cells))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
-        widths = [
+        widths = self._widths(options.max_width)
+        if widths is None:
+            yield from self._list()
+        else:
+            yield self._table(widths)
+
+    def _widths(self, most: int) -> list[int] | None:
+        """What each column gets of so many characters; None: they are too few."""
+        wanted = [
             max([cell_len(column.name), *(row[number].cell_len for row in self._rows)])
             for number, column in enumerate(self._columns)
         ]
-        needed = [
-            min(width, column.least) if column.least else width
-            for column, width in zip(self._columns, widths, strict=True)
-        ]
-        if sum(needed) + len(needed) + 1 <= options.max_width:
-            yield self._table(needed)
-        else:
-            yield from self._list()
+        widths = [min(width, column.least or width) for column, width in zip(self._columns, wanted, strict=True)]
+        left = most - sum(widths) - len(widths) - 1  # of the lines between them
+        if left < 0:
+            return None
+        for number, width in enumerate(wanted):
+            more = min(width - widths[number], left)
+            widths[number] += more
+            left -= more
+        return widths
 
     def _table(self, widths: list[int]) -> Table:
         table = Table(box=box.ROUNDED, padding=0)
         for column, width in zip(self._columns, widths, strict=True):
-            table.add_column(
-                cell(column.name),
-                justify="right" if column.right else "left",
-                no_wrap=not column.least,
-                overflow="fold",
-                min_width=width,
-            )
+            justify: Literal["left", "right"] = "right" if column.right else "left"
+            table.add_column(cell(column.name), justify=justify, overflow="fold", width=width)
         for row in self._rows:
             table.add_row(*row)
         return table

@@ -69,7 +69,7 @@ def rank_table(status: WriterStatus) -> Group:
         Column("device", least=6),
         Column("state", least=9),
         *(Column(name, right=True) for name in ("step", "ms/step", "loss", "logged", "journal")),
-        Column("dropped", right=True, least=7),
+        Column("dropped", right=True, least=9),
     )
     for rank in status.ranks:
         grid.add(

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from swanlab_ray.observer.cli import main
+from swanlab_ray.observer.identity import fresh_run_id
 from tests.journals import write_file
 from tests.test_looking import everything_called, header, squeezed
 
@@ -75,6 +76,20 @@ def test_nothing_is_cut_on_a_narrow_terminal(log_dir: Path, columns: str) -> Non
             assert column in squeezed(done.stdout)
         assert "…" not in done.stdout
     assert f"run: {LONG}\n" in invoke("runs", "--log-dir", str(log_dir), COLUMNS="80").stdout
+
+
+def test_ids_of_our_own_making_fit_into_a_table_of_80_columns(tmp_path: Path) -> None:
+    ours = fresh_run_id("demo")
+    write_file(
+        tmp_path / "observer" / ours / "journal-000001.log",
+        header(ours, time_ns=1_700_000_000 * 10**9),
+        everything_called("x")[:1],
+    )
+    lines = invoke("runs", "--log-dir", str(tmp_path), COLUMNS="80").stdout.splitlines()
+    assert lines[0].startswith("╭")
+    assert max(map(len, lines)) <= 80
+    assert "│lost│" in lines[1] + lines[2]
+    assert any(line.startswith(f"│{ours}│") for line in lines)
 
 
 def test_a_pipe_gets_whole_lines(log_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
