@@ -94,10 +94,12 @@ class _Reader:
         self._parts: list[bytes] = []  # of the record that is being put together
         self._began = start
         self._bad: tuple[int, str] | None = None  # where damage began
+        self._read_next = BLOCK  # bytes; many files are opened for their first record only
 
     def records(self) -> Iterator[Record | Damage]:
         while True:
-            room = BLOCK - self._offset % BLOCK
+            block = self._offset - self._offset % BLOCK
+            room = block + BLOCK - self._offset
             if room < HEADER:
                 trailer = self._bytes(self._offset, room)
                 if len(trailer) < room:
@@ -111,9 +113,11 @@ class _Reader:
                 break
             checksum, length, kind, place = _HEADER.unpack(header)
             if place != zlib.crc32(_PLACE.pack(self._offset, length, kind)) or length > room - HEADER:
-                if not any(header) and self._zeros_to_the_end():
+                zeros_end = self._offset if any(header) else self._zeros_end()
+                if zeros_end is None:
                     break
-                self._skip_block("a header does not match its checksum")
+                self._mark(self._offset, "a header does not match its checksum")
+                self._offset = max(block + BLOCK, zeros_end - zeros_end % BLOCK)
                 continue
             payload = self._bytes(self._offset + HEADER, length)
             if len(payload) < length:
@@ -164,18 +168,15 @@ class _Reader:
             self._bad = None
             yield Damage(offset, end, reason)
 
-    def _skip_block(self, reason: str) -> None:
-        self._mark(self._offset, reason)
-        self._offset += BLOCK - self._offset % BLOCK
-
-    def _zeros_to_the_end(self) -> bool:
-        """Whether nothing but zeros follows, as some file systems leave after a crash."""
+    def _zeros_end(self) -> int | None:
+        """Where the zeros end that some file systems leave after a crash; None: nothing else follows."""
         offset = self._offset
         while chunk := self._bytes(offset, BLOCK):
-            if any(chunk):
-                return False
-            offset += len(chunk)
-        return True
+            zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+            offset += zeros
+            if zeros < len(chunk):
+                return offset
+        return None
 
     def _bytes(self, offset: int, count: int) -> bytes:
         if self._end is not None:
@@ -183,7 +184,8 @@ class _Reader:
         begin = offset - self._base
         if not (begin >= 0 and begin + count <= len(self._buffer)):
             self._file.seek(offset)
-            self._base, self._buffer = offset, self._read(max(count, _READ))
+            ahead = self._read_next if self._end is None else min(self._read_next, self._end - offset)
+            self._base, self._buffer, self._read_next = offset, self._read(max(count, ahead)), _READ
             begin = 0
         return self._buffer[begin : begin + count]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from pathlib import Path
 
@@ -15,7 +16,9 @@ records = st.lists(
     st.one_of(st.binary(max_size=200), st.integers(0, 3 * BLOCK).map(lambda size: random.Random(size).randbytes(size))),
     max_size=8,
 )
-relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+relaxed = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60, print_blob=True
+)
 
 
 def write(path: Path, payloads: list[bytes]) -> bytes:
@@ -107,6 +110,45 @@ def test_zeros_at_the_end_are_an_end(tmp_path: Path) -> None:
     read_back, damage = contents(tmp_path / "file")
     assert read_back == [b"one", b"two"]
     assert [one.torn for one in damage] == [True]
+
+
+class Counting(io.FileIO):
+    """Counts the bytes that are read."""
+
+    count = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        content = super().read(-1 if size is None else size) or b""
+        Counting.count += len(content)
+        return content
+
+
+def bytes_read(path: Path, monkeypatch: pytest.MonkeyPatch, **part: int) -> int:
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", lambda path, mode, buffering: Counting(path, mode))
+        Counting.count = 0
+        list(read(path, **part))
+    return Counting.count
+
+
+@pytest.mark.parametrize("every", [1, 64], ids=["one hole", "many holes"])
+def test_holes_of_zeros_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    """As lost pages leave them, with records behind."""
+    records = b"".join(frame(bytes([n]) * 1000, 0) for n in range(20))
+    content = bytearray(16 << 20)
+    for begin in range(0, len(content), len(content) // every):
+        content[begin : begin + len(records)] = records
+    content += frame(b"the last", len(content))
+    (tmp_path / "file").write_bytes(content)
+    assert contents(tmp_path / "file")[0][-1] == b"the last"
+    assert bytes_read(tmp_path / "file", monkeypatch) < 2 * len(content)
+
+
+def test_no_more_is_read_than_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = write(tmp_path / "file", [b"x" * 5000 for _ in range(2000)])
+    assert len(content) > 300 * BLOCK
+    found = [one for one in read(tmp_path / "file") if isinstance(one, Record)]
+    assert bytes_read(tmp_path / "file", monkeypatch, start=found[0].end, end=found[1].end) < 6000
 
 
 def test_a_part_of_a_file_can_be_read(tmp_path: Path) -> None:
