@@ -5,8 +5,9 @@ A run's directory is ``<log_dir>/observer/<run id>/``. In it each incarnation of
 has begun finds the higher epoch, and acknowledges nothing any more.
 
 One thread writes: it takes all that waits, writes it, syncs it, looks for a higher epoch, and only then reports it as
-committed (group commit). A file that could not be written or synced is left as it is, and the same records go into the
-next one: after a failed sync nobody knows what is on the disk. Readers skip what they have seen already.
+committed (group commit). What a failed attempt has left behind is cut off, and the same records are written again: in
+the same place where the disk was full, else in the next file, since after a failed sync nobody knows what is on the
+disk. A file in which nothing was committed is not left behind. Readers skip what they have seen already.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import errno
 import fcntl
 import os
 import re
+import stat
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,14 +48,20 @@ class Disk:
     """Every call that a journal makes to the file system, so that tests can let any of them fail."""
 
     def make_directory(self, path: Path) -> None:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:  # which elsewhere means that another writer was faster
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+        """A run's directory, which only its owner can read unless others can read the log directory that is there."""
+        mode = _readable_by(path.parent.parent)
+        for one in reversed([one for one in (path, *path.parents) if not one.is_dir()]):
+            try:
+                one.mkdir(mode)
+            except FileExistsError:  # which elsewhere means that another writer was faster
+                if not one.is_dir():
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(one)) from None
 
     def create(self, path: Path) -> int:
-        """A new file, durable in its directory. Raises FileExistsError if somebody else has created it."""
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        """A new file, durable in its directory, to be read by whoever can read that. Raises FileExistsError if somebody
+        else has created it."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        descriptor = os.open(path, flags, _readable_by(path.parent) & 0o666)
         try:
             directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -83,14 +92,33 @@ class Disk:
         """Whether the file still has a name: a file whose directory was removed takes data without complaint."""
         return os.fstat(descriptor).st_nlink > 0
 
+    def truncate(self, descriptor: int, size: int) -> None:
+        os.ftruncate(descriptor, size)
+
     def exists(self, path: Path) -> bool:
-        return path.exists()
+        """Whether a file is there, also for another machine that has just made it."""
+        os.close(os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC))  # else NFS answers from memory for a minute
+        try:
+            os.stat(path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def close(self, descriptor: int) -> None:
         os.close(descriptor)
 
     def remove(self, path: Path) -> None:
         path.unlink(missing_ok=True)
+
+
+def _readable_by(directory: Path) -> int:
+    """The mode of a directory to be made in this one: its own, but writable by the owner only, and private in a place
+    that is everybody's, such as /tmp, or that is not there yet."""
+    try:
+        mode = directory.stat().st_mode
+    except OSError:
+        return 0o700
+    return 0o700 if mode & stat.S_ISVTX else 0o700 | mode & 0o055
 
 
 def run_directory(log_dir: Path, run_id: str) -> Path:
@@ -125,12 +153,16 @@ class Appender:
     """One file of framed records that only grows. A journal has one per epoch, a rank's spool is one.
 
     Raises:
-        OSError: from any method. What a failed append left behind is overwritten by the next one.
+        OSError: from any method. What a failed append left behind is cut off, or overwritten by the next one.
     """
 
     def __init__(self, path: Path, header: Header, disk: Disk) -> None:
         self.path = path
         self.size = 0
+        self.kept = 0
+        """How much of it counts: for whoever appends to set."""
+        self.doubtful = False
+        """A sync has failed, so nobody knows what of it is on the disk."""
         self._disk = disk
         self._descriptor = disk.create(path)
         try:
@@ -144,6 +176,12 @@ class Appender:
             self.close()
             disk.remove(path)
             raise
+        self._begin = self.kept = self.size
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing but its header counts."""
+        return self.kept <= self._begin
 
     def append(self, payloads: list[bytes]) -> list[int]:
         """Write records; returns the offset after each. They are not durable before :meth:`sync`."""
@@ -153,19 +191,34 @@ class Appender:
             offset += len(pieces[-1])
             ends.append(offset)
         data, place = memoryview(b"".join(pieces)), self.size
-        while data:
-            written = self._disk.write(self._descriptor, data, place)
-            if written <= 0:
-                raise OSError(errno.EIO, "nothing was written")
-            data, place = data[written:], place + written
+        try:
+            while data:
+                written = self._disk.write(self._descriptor, data, place)
+                if written <= 0:
+                    raise OSError(errno.EIO, "nothing was written")
+                data, place = data[written:], place + written
+        except OSError:
+            self.cut(self.size)
+            raise
         self.size = offset
         return ends
 
+    def cut(self, size: int) -> bool:
+        """Give up what lies behind this offset; False if that cannot be done."""
+        self.size = size
+        try:
+            self._disk.truncate(self._descriptor, size)
+        except OSError:
+            return False
+        return True
+
     def sync(self) -> None:
         """Make what was written durable."""
+        self.doubtful = True
         self._disk.sync(self._descriptor)
         if not self._disk.linked(self._descriptor):
             raise FileNotFoundError(errno.ENOENT, "the directory has vanished", str(self.path.parent))
+        self.doubtful = False
 
     def close(self) -> None:
         """Close the file, once."""
@@ -204,6 +257,7 @@ class Journal:
         self._on_fenced = on_fenced
         self._disk = disk or Disk()
         self._file: Appender | None = None
+        self._begun = False  # an epoch of its own
         self._troubled = False
         self._queue: deque[Entry] = deque()
         self._wake = threading.Condition()
@@ -317,13 +371,12 @@ class Journal:
             if self._disk.exists(self._path(self.epoch + 1)):
                 self._fence()
                 return []
+            self._file.kept = self._file.size
         except FileExistsError:  # somebody else has begun the epoch that would have been ours
             self._fence()
             return []
         except OSError as error:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+            self._give_up(error)
             self._trouble(error)
             return []
         if self._troubled:
@@ -331,18 +384,33 @@ class Journal:
             self._on_trouble(None)
         return ends
 
+    def _give_up(self, error: OSError) -> None:
+        """Leave nothing of a failed attempt behind, and go on in the next file where this one is no good any more."""
+        file = self._file
+        if file is None:
+            return
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if file.cut(file.kept) and not file.doubtful and (full or file.empty):
+            return
+        self._file = None
+        file.close()
+        if file.empty:
+            with suppress(OSError):
+                self._disk.remove(file.path)
+                self.epoch -= 1
+
     def _begin_file(self) -> None:
         """Begin the next epoch; an incarnation's first one is beyond all that there are."""
         self._disk.make_directory(self.directory)
         while True:
-            epoch = self.epoch + 1 if self.epoch else max(journal_files(self.directory), default=0) + 1
+            epoch = self.epoch + 1 if self._begun else max(journal_files(self.directory), default=0) + 1
             try:
                 self._file = Appender(self._path(epoch), self._header(epoch), self._disk)
             except FileExistsError:
-                if self.epoch:
+                if self._begun:
                     raise
                 continue  # two incarnations begin at once, and this one comes second
-            self.epoch = epoch
+            self.epoch, self._begun = epoch, True
             return
 
     def _fence(self) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from swanlab_ray.actors import journal as journal_module
-from swanlab_ray.actors.history import Damaged, find_runs, merged, summarise
+from swanlab_ray.actors.framing import frame
+from swanlab_ray.actors.history import Damaged, entries, find_runs, merged, summarise
 from swanlab_ray.actors.journal import Disk, Journal, Position, being_written, journal_files
 from swanlab_ray.actors.records import Batch, Entry, Header, UnknownFormat, pack, unpack
 from tests.conftest import wait_until
@@ -58,16 +59,17 @@ def stored(directory: Path) -> list[int]:
 
 
 class FailingDisk(Disk):
-    """Fails at its n-th call: with an error, or by writing only a part."""
+    """Fails at its n-th call, and at as many more: with an error, or by writing only a part."""
 
-    def __init__(self, n: int, error: int | None) -> None:
+    def __init__(self, n: int, error: int | None, more: int = 0) -> None:
         self.calls = 0
         self.n = n
+        self.last = n + more
         self.error = error
 
     def _count(self, name: str) -> bool:
         self.calls += 1
-        if self.calls != self.n:
+        if not self.n <= self.calls <= self.last:
             return False
         if self.error is not None:
             raise OSError(self.error, os.strerror(self.error))
@@ -88,6 +90,10 @@ class FailingDisk(Disk):
         self._count("sync")
         super().sync(descriptor)
 
+    def truncate(self, descriptor: int, size: int) -> None:
+        self._count("truncate")
+        super().truncate(descriptor, size)
+
     def linked(self, descriptor: int) -> bool:
         self._count("linked")
         return super().linked(descriptor)
@@ -97,16 +103,17 @@ class FailingDisk(Disk):
         return super().exists(path)
 
 
+@pytest.mark.parametrize("more", [0, 1, 6])
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, None], ids=["ENOSPC", "EIO", "short write"])
 def test_whatever_call_fails_everything_is_kept_once_and_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int | None, more: int
 ) -> None:
-    """SQLite's way: the n-th call fails, for every n until none is left to fail."""
+    """SQLite's way: the n-th call fails, for every n until none is left to fail; alone, or with those after it."""
     monkeypatch.setattr(journal_module, "RETRY_S", 0.001)
     n = 0
     while True:
         n += 1
-        disk = FailingDisk(n, error)
+        disk = FailingDisk(n, error, more)
         directory = tmp_path / str(n)
         kept = Kept(directory, disk)
         for seq in range(5):
@@ -116,6 +123,8 @@ def test_whatever_call_fails_everything_is_kept_once_and_in_order(
         assert kept.seqs() == [0, 1, 2, 3, 4]
         assert stored(directory) == [0, 1, 2, 3, 4]
         assert not kept.fenced
+        assert list(journal_files(directory)) == list(range(1, len(journal_files(directory)) + 1))
+        assert len(journal_files(directory)) <= 2
         troubles = [one for one in kept.trouble if one is not None]
         assert len(troubles) == (disk.calls >= n and error is not None)
         if disk.calls < n:
@@ -149,6 +158,158 @@ def test_one_alert_while_the_disk_is_full_and_one_when_it_is_not(
     kept.journal.close(10)
     assert stored(tmp_path) == [0, 1]
     assert len(journal_files(tmp_path)) == 1  # attempts leave no empty files behind
+
+
+class SickDisk(Disk):
+    """Fails where it is told to, as often as it is asked."""
+
+    fails: str = ""
+    error = errno.EIO
+    room = 0
+    failures = 0
+
+    def _look(self, call: str) -> None:
+        if call == self.fails:
+            SickDisk.failures += 1
+            raise OSError(self.error, os.strerror(self.error))
+
+    def write(self, descriptor: int, data: memoryview, offset: int) -> int:
+        if self.fails == "write" and len(data) > self.room:
+            super().write(descriptor, data[: self.room], offset)
+            self._look("write")
+        return super().write(descriptor, data, offset)
+
+    def sync(self, descriptor: int) -> None:
+        self._look("sync")
+        super().sync(descriptor)
+
+    def exists(self, path: Path) -> bool:
+        self._look("exists")
+        return super().exists(path)
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["nothing was committed yet", "something was committed"])
+@pytest.mark.parametrize(
+    ("fails", "error", "files"),
+    [
+        ("write", errno.ENOSPC, 1),
+        ("write", errno.EDQUOT, 1),
+        ("write", errno.EIO, 2),
+        ("write", errno.EFBIG, 2),
+        ("sync", errno.EIO, 2),
+        ("sync", errno.ENOSPC, 2),
+        ("exists", errno.ESTALE, 2),
+    ],
+)
+def test_many_attempts_leave_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, error: int, files: int, before: int
+) -> None:
+    """A header fits and what follows does not: no file a second, and what somebody frees is not filled with garbage."""
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.001)
+    disk = SickDisk()
+    kept = Kept(tmp_path, disk)
+    for seq in range(before):
+        kept.journal.append(batch(seq))
+        assert kept.journal.settled(10)
+    paths = journal_files(tmp_path)
+    assert len(paths) == 1
+    sizes = sum(path.stat().st_size for path in paths.values())
+    header_size = len(frame(pack(header(1)), 0))
+    SickDisk.failures, disk.error, disk.room, disk.fails = 0, error, header_size, fails
+    kept.journal.append(batch(before, bytes(5000)))
+    wait_until(lambda: SickDisk.failures > 30)
+    disk.fails = "none"
+    assert kept.journal.settled(10)
+    left = journal_files(tmp_path)
+    assert list(left) == list(range(1, 1 + (files if before else 1)))
+    assert sum(path.stat().st_size for path in left.values()) < sizes + 5000 + 2 * header_size + 100
+    assert not any(isinstance(found, Damaged) for path in left.values() for found in entries(path))
+    kept.journal.close(10)
+    assert stored(tmp_path) == list(range(before + 1))
+    assert len([error for error in kept.trouble if error is not None]) == 1
+    assert not kept.fenced
+
+
+def test_without_locks_the_older_one_is_fenced_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some NFS."""
+
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    old, new = Kept(tmp_path), Kept(tmp_path)
+    assert being_written(tmp_path / "journal-000001.log") is None
+    old.journal.append(batch(0))
+    wait_until(lambda: old.fenced == 1)
+    assert old.seqs() == []
+    new.journal.append(batch(1))
+    assert new.journal.settled(10)
+    old.journal.close(10)
+    new.journal.close(10)
+    assert new.seqs() == [1]
+
+
+def test_the_directory_is_asked_anew_before_the_older_one_acknowledges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An NFS client may remember for a minute that a file is not there, until the directory is opened."""
+    fresh: list[bool] = [False]
+    real_open, real_stat = os.open, os.stat
+
+    def opened(path: Any, *arguments: Any, **more: Any) -> int:
+        fresh[0] |= os.path.isdir(path)
+        return real_open(path, *arguments, **more)
+
+    def remembered(path: Any, *arguments: Any, **more: Any) -> os.stat_result:
+        if str(path).endswith("journal-000002.log") and not fresh[0]:
+            raise FileNotFoundError(errno.ENOENT, "remembered")
+        return real_stat(path, *arguments, **more)
+
+    disk = Disk()
+    successor = tmp_path / "journal-000002.log"
+    assert not disk.exists(successor)
+    successor.touch()
+    fresh[0] = False
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "stat", remembered)
+    assert disk.exists(successor)
+
+
+def modes(directory: Path) -> tuple[int, int]:
+    kept = Kept(directory)
+    kept.journal.append(batch(0))
+    assert kept.journal.settled(10)
+    kept.journal.close(10)
+    (path,) = journal_files(directory).values()
+    return directory.stat().st_mode & 0o777, path.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize(
+    ("log_dir", "umask", "expected"),
+    [
+        (None, 0o022, (0o700, 0o600)),  # not there yet
+        (0o700, 0o022, (0o700, 0o600)),
+        (0o755, 0o022, (0o755, 0o644)),
+        (0o770, 0o002, (0o750, 0o640)),  # a team's
+        (0o1777, 0o022, (0o700, 0o600)),  # as /tmp
+        (0o755, 0o077, (0o700, 0o600)),
+    ],
+)
+def test_a_journal_is_read_by_whoever_can_read_the_log_directory(
+    tmp_path: Path, log_dir: int | None, umask: int, expected: tuple[int, int]
+) -> None:
+    """It has prompts and completions. Nobody else can write it."""
+    directory = tmp_path / "logs"
+    if log_dir is not None:
+        directory.mkdir()
+        directory.chmod(log_dir)
+    before = os.umask(umask)
+    try:
+        assert modes(directory / "observer" / "r") == expected
+    finally:
+        os.umask(before)
+    if log_dir is None:
+        assert directory.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_removed_directory_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
