@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from swanlab_ray.actors.limits import HIGHEST_STEP, Limits, fit_time
 from swanlab_ray.actors.protocol import State
 from swanlab_ray.actors.tables import Table
+from swanlab_ray.actors.text import harmless
 
 QUEUE_SCALARS = 200_000
 """Scalars that may wait here."""
@@ -271,6 +272,6 @@ def brief(error: BaseException) -> str:
 
 def stderr(line: str) -> None:
     """The actor's log tab: what people see first in the Ray dashboard."""
-    with suppress(OSError):  # a full disk
-        sys.stderr.write(f"{line}\n")
+    with suppress(Exception):  # a full disk, a stream that is closed or none at all
+        sys.stderr.write(f"{harmless(line)}\n")
         sys.stderr.flush()

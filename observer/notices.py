@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from contextlib import suppress
 
+from swanlab_ray.actors.text import harmless
 from swanlab_ray.observer.secret_shapes import masked
 
 UNSAID = 100
@@ -20,7 +21,7 @@ class _Logger(logging.Logger):
     def handle(self, record: logging.LogRecord) -> None:
         with suppress(Exception):
             # A message may quote an error, a setting or an address.
-            record.msg, record.args = masked(record.getMessage()), ()
+            record.msg, record.args = harmless(masked(record.getMessage())), ()
             super().handle(record)
 
 

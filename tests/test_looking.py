@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 import tempfile
 from pathlib import Path
@@ -28,9 +29,11 @@ from swanlab_ray.actors.protocol import (
     encode_batch,
 )
 from swanlab_ray.actors.records import Alert, Arrived, Batch, Closed, Counts, Ended, Entry, Finished, Header, Opened
+from swanlab_ray.actors.sink import stderr
 from swanlab_ray.actors.text import one_line
 from swanlab_ray.observer import render, watch
 from swanlab_ray.observer.cli import main
+from swanlab_ray.observer.notices import logger
 from swanlab_ray.observer.values import encode
 from tests.journals import write_file
 
@@ -225,3 +228,21 @@ def test_no_command_prints_a_secret_that_stands_in_a_journal(tmp_path: Path) -> 
     console.print(watch.rank_table(status_called(SECRETS)))
     assert "hunter2" not in console.file.getvalue()  # type: ignore[attr-defined]
     assert "hunter2" not in render.json_text(status_called(SECRETS))
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_what_is_said_while_training_steers_no_terminal(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rank quotes an error, the writer an alert; both may hold anything. Lines stay lines."""
+    logger.handle(logging.makeLogRecord({"levelno": logging.WARNING, "msg": f"It failed: {name}"}))
+    stderr(f"It failed: {name}")
+    said = capsys.readouterr().err
+    assert not STEERS.search(said)
+    assert has(said, "Itfailed")
+
+
+def test_a_standard_error_that_is_closed_costs_the_writer_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream in (None, io.TextIOWrapper(io.BytesIO())):
+        monkeypatch.setattr("sys.stderr", stream)
+        if stream is not None:
+            stream.close()
+        stderr("line")

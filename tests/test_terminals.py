@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -121,3 +123,17 @@ def test_a_run_id_is_no_pattern(log_dir: Path, prefix: str) -> None:
     assert done.exit_code == 1
     assert "names no run, or several" in done.stderr
     assert invoke("show", "lr[a]-1", "--log-dir", str(log_dir)).exit_code == 0
+
+
+def test_a_directory_whose_name_is_no_unicode(log_dir: Path) -> None:
+    """As one that was copied from a machine of another encoding: it can be read, and its name stands for itself."""
+    odd = log_dir.with_name(os.fsdecode(b"caf\xe9 [x]"))
+    log_dir.rename(odd)
+    (run, _) = json.loads(invoke("runs", "--json", "--log-dir", str(odd)).stdout)
+    assert "caf\\udce9 [x]" in run["files"][0]
+    for command in (["runs"], ["show"], ["trace", "-o", str(odd / "t.json")]):
+        assert invoke(*command, "--log-dir", str(odd)).exit_code == 0
+    verified = invoke("verify", str(odd))
+    assert verified.exit_code == 0
+    assert "caf\ufffd [x]" in verified.stdout
+    assert "caf\ufffd [x]" in invoke("show", "nobody", "--log-dir", str(odd)).stderr
