@@ -120,6 +120,18 @@ def _warn_of_half_a_launcher(env: Mapping[str, str]) -> None:
         )
 
 
+def warn_of_a_later_group(rank: int, world_size: int) -> None:
+    """Say that ``connect()`` came too early, where torch.distributed has told since that there are several ranks."""
+    group = _process_group()
+    if world_size == 1 and group is not None and group[1] > 1:
+        warn_once(
+            "later group",
+            f"torch.distributed says that this process is rank {group[0]} of {group[1]}, but it was initialised after "
+            f"connect(), so it reports as rank {rank} of 1, in a run of its own: call connect() after "
+            "torch.distributed.init_process_group().",
+        )
+
+
 def check_run_id(settings: ObserverSettings, identity: Identity, env: Mapping[str, str] = os.environ) -> None:
     """Refuse a job of several processes that share nothing from which a run id could be worked out.
 

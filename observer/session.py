@@ -46,6 +46,7 @@ from swanlab_ray.observer.identity import (
     gpu_name,
     identify,
     most_restarts,
+    warn_of_a_later_group,
     which_launch,
 )
 from swanlab_ray.observer.link import RayLink
@@ -358,6 +359,7 @@ class Observer:
         if self._finished:
             return self._channel.hurry(timeout)  # another thread may be at it
         state = self._checked_state(state)
+        warn_of_a_later_group(self.rank, self.world_size)
         self._finished = True
         if self._node is not None:
             self._node.stop()
@@ -416,6 +418,7 @@ class Observer:
         self.finish(state, error, timeout=SIGTERM_S)
 
     def _announce(self) -> None:
+        warn_of_a_later_group(self.rank, self.world_size)
         if self.rank == 0:
             logger.info("run %s: %d rank%s, one writer", self.run_id, self.world_size, "s" * (self.world_size > 1))
             if self.settings.lark_webhook_url is not None:

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from swanlab_ray.actors.naming import is_run_id
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
-from swanlab_ray.observer.identity import Identity, check_run_id, identify, most_restarts, resolve_run_id, which_launch
+from swanlab_ray.observer.identity import (
+    Identity,
+    check_run_id,
+    fresh_run_id,
+    identify,
+    most_restarts,
+    resolve_run_id,
+    warn_of_a_later_group,
+    which_launch,
+)
 
 ONE = Identity(0, 1, 0, 1)
 FOUR = Identity(1, 4, 1, 1)
@@ -204,3 +213,25 @@ def test_ranks_on_several_machines_are_not_taken_for_one(group: Callable[..., No
 
     group(1, 2, Elsewhere())
     assert identify({}).nodes == 2
+
+
+def test_a_connect_before_torch_distributed_is_told_once_that_is_initialised(
+    group: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Started by spawn no process has variables, so each takes itself for a job of its own."""
+    warn_of_a_later_group(0, 1)
+    assert not caplog.records
+    group(1, 2)
+    warn_of_a_later_group(1, 2)
+    assert not caplog.records
+    for _ in range(2):
+        warn_of_a_later_group(0, 1)
+    (record,) = caplog.records
+    assert "rank 1 of 2, but it was initialised after connect(), so it reports as rank 0 of 1" in record.getMessage()
+
+
+@given(_VALUES)
+def test_a_job_s_name_makes_run_ids_whatever_it_is(name: str) -> None:
+    """``--rdzv-id`` may be anything."""
+    assert is_run_id(fresh_run_id(name))
+    assert fresh_run_id(name) != fresh_run_id(name)
