@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from pydantic import SecretStr
+
 from swanlab_ray.actors.account import find_account
 from swanlab_ray.actors.completions import TABLE
 from swanlab_ray.actors.limits import fit_config
@@ -66,6 +68,10 @@ class CloudExperiment:
         self.highest_table = -1
         """The highest step of a table of completions that the server had when the experiment was opened."""
         self.url: str | None = None
+
+    def use_key(self, key: SecretStr) -> None:
+        """Log in with this key from now on."""
+        self._settings = self._settings.model_copy(update={"api_key": key})
 
     def open(self) -> None:
         """Log in, and create the experiment or go on with it."""

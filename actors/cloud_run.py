@@ -4,9 +4,12 @@ the journal how far it is. What the cloud may have already is asked for before a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
+
+from pydantic import SecretStr
 
 from swanlab_ray.actors.cloud import CHUNK_SCALARS, CloudError, CloudExperiment, NoKey, same
 from swanlab_ray.actors.delivery import Delivery
@@ -21,6 +24,8 @@ RETRY_S = (1.0, 30.0)
 AWAY_PATIENCE_S = 10.0
 """How long the end of a run waits for a cloud that has been away for :data:`AWAY_S`."""
 AWAY_S = 30.0
+KEY_PATIENCE_S = 5.0
+"""How long it is not said that there is no API key: a rank may have one."""
 
 
 class CloudRun(Sink):
@@ -54,6 +59,7 @@ class CloudRun(Sink):
         self._last_table = -1  # highest step of a table that came here
         self._away_since: float | None = None
         self._told = self._no_key = False
+        self._offered: SecretStr | None = None
         limits = Limits(notice)
         self._delivery = Delivery(self._experiment, limits, notice)
         super().__init__("cloud", notice, on_open, limits)
@@ -70,6 +76,10 @@ class CloudRun(Sink):
                 self._running[key] = max(step, self._running.get(key, -1))
             return
         super().write(step, time_ns, values, table)
+
+    def offer_key(self, key: SecretStr) -> None:
+        """A rank has a key, of which there is use if none was given to the writer."""
+        self._offered = key
 
     def _open(self) -> None:
         self._until_it_works(self._experiment.open)
@@ -149,8 +159,12 @@ class CloudRun(Sink):
                 result = attempt()
             except CloudError as error:
                 self._no_key = isinstance(error, NoKey)
+                offered, self._offered = self._offered, None
+                if self._no_key and offered is not None:
+                    self._experiment.use_key(offered)
+                    continue
                 self._away(str(error))
-                if self._left() <= 0:
+                if self._left() <= 0 or (self._no_key and self._left() < math.inf):  # no time brings a key
                     raise self._gave_up(str(error)) from error
                 self._wake.wait(min(pause, max(0.1, self._left())))
                 if self._end is not None:
@@ -166,7 +180,9 @@ class CloudRun(Sink):
         if self._away_since is None:
             self._away_since = time.monotonic()
             stderr(f"the SwanLab cloud is away: {reason}")
-        if not self._told:
+        # A rank that has a key says so in a moment.
+        soon = self._no_key and self._left() == math.inf and time.monotonic() - self._away_since < KEY_PATIENCE_S
+        if not self._told and not soon:
             self._told = True
             self.notice(
                 f"The SwanLab cloud cannot be used ({reason}); the run goes on in the journal, and arrives there once "

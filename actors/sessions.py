@@ -5,6 +5,18 @@ from __future__ import annotations
 
 from swanlab_ray.actors.history import Life, Summary, ledger
 from swanlab_ray.actors.records import Counts, Finished
+from swanlab_ray.actors.settings import ObserverSettings
+
+DESTINATION = (
+    "project",
+    "workspace",
+    "api_host",
+    "web_host",
+    "rank_series",
+    "completion_log_interval",
+    "completion_max_buffer",
+)
+"""Settings that decide which rows go to which experiment."""
 
 
 class Sessions:
@@ -49,3 +61,9 @@ class Sessions:
         """Another job goes on with the run: from now on what there was are accounts."""
         self.accounts |= {number: ledger(lives) for number, lives in self.present.items()}
         self.present = {}
+
+
+def same_place(summary: Summary, settings: ObserverSettings) -> bool:
+    """Whether the rows that were delivered went where these settings send them."""
+    before, now = summary.headers[-1].settings if summary.headers else {}, settings.public()
+    return all(before.get(name) == now.get(name) for name in DESTINATION)

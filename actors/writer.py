@@ -18,12 +18,13 @@ import traceback
 from contextlib import suppress
 
 import ray
+from pydantic import SecretStr
 
 from swanlab_ray.actors.clocks import Timeline
 from swanlab_ray.actors.cloud_run import CloudRun
 from swanlab_ray.actors.differences import Differences
 from swanlab_ray.actors.health import Health, why_silent
-from swanlab_ray.actors.history import KILLED, Follower, Summary
+from swanlab_ray.actors.history import KILLED, Follower
 from swanlab_ray.actors.journal import Journal, Position, run_directory
 from swanlab_ray.actors.locks import hold_lock
 from swanlab_ray.actors.mailbox import open_mailbox
@@ -63,7 +64,7 @@ from swanlab_ray.actors.records import (
 )
 from swanlab_ray.actors.reducer import Reducer
 from swanlab_ray.actors.restarts import Restarts
-from swanlab_ray.actors.sessions import Sessions
+from swanlab_ray.actors.sessions import Sessions, same_place
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.sink import FINISH_DEADLINE_S, Sink, stderr
 from swanlab_ray.actors.status import duration, standstill, status_line
@@ -83,16 +84,6 @@ CALLS_PER_SECOND = 1000.0
 """Batches a second the writer asks for at most: it saturates at about 2,800 (two cores, Ray 2.60)."""
 BACKLOG_BYTES = 256 << 20
 """Batches that may wait here for the disk; the ranks keep what comes beyond that."""
-DESTINATION = (
-    "project",
-    "workspace",
-    "api_host",
-    "web_host",
-    "rank_series",
-    "completion_log_interval",
-    "completion_max_buffer",
-)
-"""Settings that decide which rows go to which experiment."""
 SETTLE_S = 10.0
 """How long the answer to a goodbye waits until what its rank has sent was looked at, so that it hears of refusals."""
 DURABLE_S = 2.0
@@ -198,7 +189,7 @@ class Writer:
         self._begun = Position(0, 0)
         self._clock = Timeline(summary.last_ns)
         damaged = any(not found.damage.torn for found in summary.damaged)
-        if not damaged and self._same_place(summary):
+        if not damaged and same_place(summary, self._settings):
             self._rows = self._rows_noted = summary.rows.get(REDUCTION_VERSION, 0)
         self._run_dirs = [opened.run_dir for opened in summary.opened if opened.run_dir]
         self._world_size = summary.world_size
@@ -232,11 +223,6 @@ class Writer:
             f"the journal has {summary.events} events of {len(summary.ranks())} ranks "
             f"(read in {time.monotonic() - began:.1f} s): {self._directory}"
         )
-
-    def _same_place(self, summary: Summary) -> bool:
-        """Whether the rows that were delivered went where this writer sends them."""
-        before, now = summary.headers[-1].settings if summary.headers else {}, self._settings.public()
-        return all(before.get(name) == now.get(name) for name in DESTINATION)
 
     def _restore(self) -> None:
         """The ranks of the last job are members again, those whose hello no damage took."""
@@ -524,6 +510,13 @@ class Writer:
             return self._ack(rank)
 
     @ray.method(concurrency_group="query")
+    def take_key(self, key: SecretStr, api_host: str | None) -> None:
+        """A rank's API key, for where the writer was given none; used for the host that it was given for only."""
+        sink = self._reducer.sink if self._reducer is not None else None
+        if isinstance(sink, CloudRun) and api_host == self._settings.api_host:
+            sink.offer_key(key)
+
+    @ray.method(concurrency_group="query")
     def status(self) -> WriterStatus:
         """What the writer knows now."""
         with self._lock:
@@ -785,13 +778,11 @@ class Writer:
             raise RunEnded(self._run_id)
 
     def _ack(self, rank: Member) -> Ack:
-        return Ack(rank.durable, rank.next_seq, self._flush_interval(), self._take_notices(rank), self._health.asks)
+        interval = max(FLUSH_INTERVAL_S, self._world_size / CALLS_PER_SECOND)
+        return Ack(rank.durable, rank.next_seq, interval, self._take_notices(rank), self._health.asks)
 
     def _note_end(self, rank: Member) -> None:
         self._journal.append(rank.end())
-
-    def _flush_interval(self) -> float:
-        return max(FLUSH_INTERVAL_S, self._world_size / CALLS_PER_SECOND)
 
     def _notice(self, sentence: str) -> None:
         if sentence not in self._notices:

@@ -124,7 +124,11 @@ class RayLink:
         if answer is None:
             raise LinkBroken(f"The writer did not answer within {wait:.0f} s.")
         self._failures, self._died_at = 0, None
-        return welcomed(answer)
+        welcome = welcomed(answer)
+        if self._settings.api_key is not None and self._settings.mode == "cloud":
+            with suppress(LinkBroken):  # a writer of an older version does not ask for it
+                self._call("take_key", self._settings.api_key, self._settings.api_host)
+        return welcome
 
     def _is_ending(self, error: LinkBroken) -> bool:
         """Whether what answered was the writer of a run that has just ended, and could be started."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from swanlab_ray.actors import newcomers as newcomers_module
 from swanlab_ray.actors import writer as writer_module
@@ -39,9 +40,11 @@ from swanlab_ray.observer.session import Observer
 from swanlab_ray.observer.values import encode
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, logged_in, mortal, rank, settings_for
+from tests.swanlab_cloud import KEY, SwanLabCloud
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
+make_sink = Writer._make_sink
 HOUR_NS = 3600 * 10**9
 NOTHING = Counted(0, 0, {})
 
@@ -585,6 +588,29 @@ def test_more_names_than_are_told_are_counted(tmp_path: Path, monkeypatch: pytes
     assert run.writer.status().rejected == 9
     run.goodbye(0)
     assert run.end() == ("success", None)
+
+
+def test_a_rank_s_key_is_used_where_the_writer_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was exported on one machine only, and another one's rank came first. A key for another host is not."""
+    monkeypatch.setattr("swanlab_ray.actors.cloud_run.RETRY_S", (0.02, 0.2))
+    monkeypatch.setattr(Writer, "_make_sink", make_sink)
+    with SwanLabCloud() as cloud:
+        for name, value in cloud.environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("SWANLAB_API_KEY")
+        monkeypatch.setenv("SWANLAB_SAVE_DIR", str(tmp_path / "nobody"))
+        run = Told(tmp_path, mode="cloud")
+        run.welcome(0)
+        run.send(0, (SCALARS, 0, 1, USER, {"x": 1.0}))
+        host = run.cluster.settings.api_host
+        assert host is not None
+        run.writer.take_key(SecretStr("of-another-host"), "https://elsewhere.example")
+        run.writer.take_key(SecretStr(KEY), host)
+        wait_until(lambda: run.writer.status().written == 1)
+        run.goodbye(0)
+        assert run.end() == ("success", None)
+        assert run.notices() == []
+        assert cloud.only().points == {"x": {0: 1.0}}
 
 
 # The actor itself.
