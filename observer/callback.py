@@ -16,11 +16,12 @@ from swanlab_ray.observer import completions
 from swanlab_ray.observer.completions import CompletionCapture
 from swanlab_ray.observer.describe import LONGEST_REASON, run_config
 from swanlab_ray.observer.exits import describe, headline
+from swanlab_ray.observer.identity import trial_of_tune
 from swanlab_ray.observer.notices import logger
 from swanlab_ray.observer.own_loss import OwnLoss
 from swanlab_ray.observer.phases import Phases
 from swanlab_ray.observer.redact import plain
-from swanlab_ray.observer.session import Observer, connect
+from swanlab_ray.observer.session import Observer, connect, current
 from swanlab_ray.observer.wrapping import Wrapped
 
 _TOTALS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
@@ -77,6 +78,7 @@ class ObserverCallback(TrainerCallback):
         self._offset = 0  # steps of trainings that this process has done before
         self._mark = 0.0
         self._configured = False
+        self._trials = 0
         self._capture: CompletionCapture | None = None
         self._phases: Phases | None = None
 
@@ -113,7 +115,7 @@ class ObserverCallback(TrainerCallback):
     @_never_raises
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._find_trainer()
-        observer = self._connected()
+        observer = self._of_a_trial() if state.is_hyper_param_search else self._connected()
         if self.settings.log_model and observer.rank == 0:
             self.say_once("log_model is set, but SwanLab cannot store checkpoints yet; they stay in output_dir only.")
         self._training = True
@@ -205,6 +207,22 @@ class ObserverCallback(TrainerCallback):
             self.observer = connect(self.settings)
         return self.observer
 
+    def _of_a_trial(self) -> Observer:
+        """A search for hyperparameters trains again and again: each trial is a run."""
+        earlier = self.observer or current()
+        if earlier is not None and not earlier.finished:
+            state, error = earlier.result
+            if state is None:  # it begins again, with a smaller batch
+                self.observer = earlier
+                return earlier
+            earlier.finish(state, error)
+        self._trials += 1
+        trial = trial_of_tune() or str(self._trials)
+        named = {name: getattr(self.settings, name) for name in ("run_id", "experiment_name")}
+        names = {name: f"{given}-{trial}" for name, given in named.items() if given is not None}
+        self.observer = connect(self.settings.model_copy(update=names))
+        return self.observer
+
     @_never_raises
     def _capture_completions(self, observer: Observer) -> None:
         trainer = self._trainer() if self._trainer is not None else None
@@ -236,8 +254,8 @@ class ObserverCallback(TrainerCallback):
         if self.observer is None:
             return
         self.observer.set_result(state, error)
-        if self.observer.in_ray_train:
-            # Ray Train ends the worker without exit handlers, so nothing may be left here.
+        if self.observer.in_ray_train or trial_of_tune():
+            # Ray ends the worker without exit handlers, so nothing may be left here.
             self.observer.flush(FLUSH_AT_END_S)
 
     def _succeed_unless_training(self) -> None:

@@ -23,7 +23,7 @@ def run_config(
     args: Any, model: Any, state: Any, trainer: Any = None, reject: Reject = lambda name, why: None
 ) -> dict[str, Any]:
     """Configuration of a Trainer's run: ``model``, ``training``, ``optimizer``, ``parallelism``, ``datasets``,
-    ``deepspeed``. Never raises.
+    ``deepspeed``, ``trial``. Never raises.
 
     Args:
         args: ``TrainingArguments`` or a subclass.
@@ -41,6 +41,7 @@ def run_config(
     parts.add("datasets", lambda: _datasets(trainer, reject))
     parts.add("deepspeed", lambda: _deepspeed(args))
     parts.add("max_steps", lambda: state.max_steps or None)  # 0 before a training
+    parts.add("trial", lambda: getattr(state, "trial_params", None))  # of a search for hyperparameters
     return parts.described
 
 

@@ -283,6 +283,15 @@ def _ray_train_context() -> Any:
     return context
 
 
+def trial_of_tune() -> str | None:
+    """The trial of Ray Tune whose worker this is. Imports nothing: a worker has it imported already."""
+    tune = sys.modules.get("ray.tune")
+    try:
+        return None if tune is None else tune.get_context().get_trial_id()
+    except Exception:
+        return None
+
+
 def _ray_train_run_id(context: Any) -> str:
     name = slug(context.get_experiment_name() or "") or "ray-train"
     try:

@@ -21,15 +21,16 @@ import yaml
 from accelerate.state import GradientState
 from ray import cloudpickle
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import HPSearchBackend
 
 from swanlab_ray.actors.history import find_runs
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.observer import ObserverCallback, current
+from swanlab_ray.observer import ObserverCallback, archive, current
 from swanlab_ray.observer.describe import run_config
 from tests import tiny
 from tests.conftest import Launch, SharedCluster, run_forked
 from tests.incarnations import Cluster, Link, logged_in, mortal, settings_for
-from tests.swanlab_file import RunFile, ended_run, only_run
+from tests.swanlab_file import RunFile, ended_run, only_run, read_run, run_dirs
 
 
 @pytest.fixture
@@ -381,6 +382,39 @@ def test_a_copy_of_a_trainer_trains_itself(settings: ObserverSettings, tmp_path:
     for kind in (pickle, cloudpickle):
         again = pickle.loads(kind.dumps(callback))
         assert again.settings == callback.settings
+
+
+def test_each_trial_of_a_search_is_a_run(
+    settings: ObserverSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``hyperparameter_search`` trains, one trial after the other; one that is begun again with a smaller batch is
+    the same trial. Evaluations after a trial belong to it."""
+    monkeypatch.setattr("swanlab_ray.observer.session.RayLink", lambda settings, identity: Link(Cluster(settings)))
+
+    class Greedy(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            if self._train_batch_size > 3:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(*args, **kwargs)
+
+    named = settings.model_copy(update={"experiment_name": "search"})
+    trainer = tiny.trainer(
+        tmp_path, [ObserverCallback(named)], Greedy, auto_find_batch_size=True, per_device_train_batch_size=4
+    )
+    trainer.hp_search_backend = HPSearchBackend.RAY
+    for rate in (1e-3, 1e-4):
+        trainer.train(trial={"learning_rate": rate})
+        trainer.evaluate()
+    observer = current()
+    assert observer is not None
+    assert observer.finish()
+    runs = [read_run(directory) for directory in run_dirs(settings.log_dir)]
+    assert sorted(run.config["trial"]["learning_rate"] for run in runs) == [1e-4, 1e-3]
+    for run in runs:
+        assert run.state == "finished"
+        assert set(run.scalars["train/loss"]) == {1, 2, 3, 4}
+        assert set(run.scalars["eval/loss"]) == {4}
+    assert {run.files.run_id for run in archive.load(settings.log_dir)} == {"r-1", "r-2"}
 
 
 def weights(trainer: Trainer) -> torch.Tensor:
