@@ -140,7 +140,9 @@ def _fit(value: Any, depth: int) -> Any:
     if isinstance(value, int):
         return int(value) if value.bit_length() < 64 else _large(value)
     if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(float(value))
+        if math.isfinite(value):
+            return float(value)
+        return "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"  # as SwanLab writes them
     if isinstance(value, Mapping) and depth < CONFIG_DEPTH:
         return {_text(str(key)): _fit(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)) and depth < CONFIG_DEPTH:

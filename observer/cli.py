@@ -18,7 +18,9 @@ from swanlab_ray.observer.render import json_text, say, shown, terminal
 from swanlab_ray.observer.streams import Command
 
 if TYPE_CHECKING:
+    from swanlab_ray.actors.history import RunFiles
     from swanlab_ray.observer.archive import Run
+    from swanlab_ray.observer.upload import Synced
 
 
 @click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -271,7 +273,8 @@ def verify_journals(paths: tuple[Path, ...]) -> None:
     callback=_not_empty,
     help="SwanLab cloud that gets the runs, and the key.  [default: the one your key was given for]",
 )
-def sync(paths: tuple[Path, ...], project: str | None, workspace: str | None, host: str | None) -> None:
+@click.option("--force", is_flag=True, help="End a run though somebody seems to be at work on it.")
+def sync(paths: tuple[Path, ...], project: str | None, workspace: str | None, host: str | None, force: bool) -> None:
     """Upload the runs at or under each PATH to SwanLab's cloud, each into one experiment, with its spools.
 
     A PATH is a log directory, a run's directory in it (swanlog/observer/RUN), or a single file. What is there already
@@ -279,33 +282,45 @@ def sync(paths: tuple[Path, ...], project: str | None, workspace: str | None, ho
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from swanlab_ray.actors.records import UnknownFormat
     from swanlab_ray.observer import upload as uploads
 
     given = {"project": project, "workspace": workspace, "api_host": host}
-    chosen = {name: value for name, value in given.items() if value}
+    chosen: dict[str, object] = {name: value for name, value in given.items() if value}
     console = Console(highlight=False, stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]} scalars"))
     progress = Progress(*columns, TimeElapsedColumn(), console=console)
     bar = progress.add_task("uploading", total=None, done=0)
-    with progress if console.is_terminal else nullcontext():
-        synced = _guarded(
-            lambda: uploads.sync(*paths, progress=lambda done, events: progress.update(bar, done=done), **chosen)
-        )
+
+    def upload(run: RunFiles) -> Synced | str:
+        try:
+            return uploads.sync_run(run, lambda done, events: progress.update(bar, done=done), force, chosen)
+        except (SettingsError, UnknownFormat) as error:  # of this run alone
+            return str(error)
+
+    def upload_all() -> list[Synced | str]:
+        with progress if console.is_terminal else nullcontext():
+            return [upload(run) for run in uploads.runs_under(list(paths))]
+
+    synced = _guarded(upload_all)
     for run in synced:
-        click.echo(
-            f"run {run.run_id}: {run.uploaded} scalars"
-            + (f" and {run.tables} tables" if run.tables else "")
-            + f" uploaded, {run.present} were there"
-            + (f", {run.withheld} withheld" if run.withheld else "")
-            + f"; {run.url}"
-            + ("; a writer is still at work on it" if run.in_progress else "")
-        )
-        for notice in run.notices:
-            click.echo(f"  {notice}")
-        if run.damaged:
-            places = "one place" if run.damaged == 1 else f"{run.damaged} places"
-            click.echo(f"  {places} could not be read: swanlab-ray verify tells what is missing")
-    sys.exit(1 if any(run.damaged for run in synced) else 0)
+        _tell_synced(run)
+    sys.exit(1 if any(isinstance(run, str) or run.damaged for run in synced) else 0)
+
+
+def _tell_synced(run: Synced | str) -> None:
+    if isinstance(run, str):
+        print(shown(f"Error: {run}"), file=sys.stderr)
+        return
+    tables = f" and {run.tables} tables" if run.tables else ""
+    withheld = f", {run.withheld} withheld" if run.withheld else ""
+    line = f"run {run.run_id}: {run.uploaded} scalars{tables} uploaded, {run.present} were there{withheld}; {run.url}"
+    print(shown(line))
+    for notice in run.notices:
+        print(shown(f"  {notice}"))
+    if run.damaged:
+        places = "one place" if run.damaged == 1 else f"{run.damaged} places"
+        print(f"  {places} could not be read: swanlab-ray verify tells what is missing")
 
 
 @main.command(short_help="Check the settings, and the Lark bot.")

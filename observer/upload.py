@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from swanlab_ray.actors.account import find_account, same_host
+from swanlab_ray.actors.at_work import AtWork
 from swanlab_ray.actors.cloud import CHUNK_SCALARS, CloudError, CloudExperiment, same
 from swanlab_ray.actors.delivery import Delivery
-from swanlab_ray.actors.history import Damaged, RunFiles, ending, find_runs, merged, summarise
+from swanlab_ray.actors.history import Damaged, RunFiles, Summary, ending, find_runs, merged, summarise
 from swanlab_ray.actors.limits import HIGHEST_STEP, Limits, fit_time
 from swanlab_ray.actors.reduction import Reduction
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
@@ -29,6 +30,7 @@ OF_THE_RUN = (
 )
 """Settings of a journal that an upload goes by."""
 UNENDED = "the run has no end: its writer was killed, and nobody took over"
+UNTAKEN = "no writer took this run: only what ranks kept on their disks is here"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +49,14 @@ class Synced:
     withheld: int
     """Scalars that SwanLab does not take."""
     notices: tuple[str, ...]
-    """What it does not take, a sentence for each name."""
+    """What it does not take, a sentence for each name; what is missing, and who is at work."""
     in_progress: bool
-    """A writer is at work on the run, so its end was left to that."""
+    """Somebody is at work on the run, so its end was left to that."""
 
 
-def sync(*paths: str | Path, progress: Callable[[int, int], None] | None = None, **settings: object) -> list[Synced]:
+def sync(
+    *paths: str | Path, progress: Callable[[int, int], None] | None = None, force: bool = False, **settings: object
+) -> list[Synced]:
     """Upload runs to SwanLab's cloud from their journals, with the spools that lie beside them.
 
     What is there already is left as it is, so this may be interrupted, repeated and continued at will.
@@ -60,6 +64,7 @@ def sync(*paths: str | Path, progress: Callable[[int, int], None] | None = None,
     Args:
         paths: log directories, run directories, or files; those of one run are put together by its run id.
         progress: called with the scalars that are done, and the events of the run.
+        force: end a run though somebody seems to be at work on it.
         settings: fields of :class:`ObserverSettings` to use instead of those the run was made with, such as
             ``project``, ``workspace``, ``api_key`` or ``api_host``. The key goes to this host, that of the environment,
             that of ``swanlab login``, or SwanLab's own; never to one that only a journal names.
@@ -69,13 +74,25 @@ def sync(*paths: str | Path, progress: Callable[[int, int], None] | None = None,
         CloudError: the cloud cannot be used; what was uploaded stays.
         SettingsError: a setting is wrong.
     """
-    runs = find_runs([Path(path) for path in paths])
+    return [sync_run(run, progress, force, settings) for run in runs_under([Path(path) for path in paths])]
+
+
+def runs_under(paths: list[Path]) -> list[RunFiles]:
+    """The runs that lie there.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    runs = find_runs(paths)
     if not runs:
         raise FileNotFoundError(f"No journal lies under {', '.join(repr(str(path)) for path in paths)}")
-    return [_sync_run(run, progress, settings) for run in runs]
+    return runs
 
 
-def _sync_run(run: RunFiles, progress: Callable[[int, int], None] | None, overrides: dict[str, object]) -> Synced:
+def sync_run(
+    run: RunFiles, progress: Callable[[int, int], None] | None, force: bool, overrides: dict[str, object]
+) -> Synced:
+    """Upload one run; see :func:`sync`."""
     summary = summarise(run.paths)
     settings = _settings(run, overrides)
     experiment = CloudExperiment(settings, run.run_id)
@@ -89,12 +106,12 @@ def _sync_run(run: RunFiles, progress: Callable[[int, int], None] | None, overri
                 damaged += not entry.damage.torn
             else:
                 reduction.take(entry)
-        in_progress = run.in_progress
-        if not in_progress:
+        worker = None if force else run.at_work
+        if worker is None:
             reduction.flush()
         upload.flush()
-        if not in_progress:
-            experiment.finish(*(ending(summary) or ("crashed", UNENDED)))
+        if worker is None:
+            experiment.finish(*(ending(summary) or ("crashed", UNENDED if run.journals else UNTAKEN)))
         damaged += reduction.unread
     finally:
         experiment.close()
@@ -106,9 +123,19 @@ def _sync_run(run: RunFiles, progress: Callable[[int, int], None] | None, overri
         upload.tables,
         damaged,
         upload.withheld,
-        tuple(upload.notices),
-        in_progress,
+        (*upload.notices, *_to_know(run, summary, worker)),
+        worker is not None,
     )
+
+
+def _to_know(run: RunFiles, summary: Summary, worker: AtWork | None) -> Iterator[str]:
+    if worker is not None:
+        yield f"The run's end is left to who writes it, {worker}; --force ends it here."
+    absent = summary.world_size - len(summary.ranks())
+    if not run.journals and absent > 0:
+        yield f"Of {summary.world_size} ranks {absent} are missing: give the paths of their files and journal as well."
+    if not run.journals and any(life.missing for life in summary.lives.values()):
+        yield "What the ranks had sent before is missing: give the path of the run's journal as well."
 
 
 def _settings(run: RunFiles, overrides: dict[str, object]) -> ObserverSettings:

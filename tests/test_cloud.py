@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from swanlab_ray.actors import cloud as cloud_module
 from swanlab_ray.actors import cloud_run, reducer, sink
 from swanlab_ray.actors import writer as writer_module
+from swanlab_ray.actors.at_work import AtWork
 from swanlab_ray.actors.cloud import CloudError
+from swanlab_ray.actors.history import RunFiles
 from swanlab_ray.actors.protocol import WriterStatus
 from swanlab_ray.actors.settings import SettingsError
 from swanlab_ray.observer import sync
+from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.identity import Identity
 from swanlab_ray.observer.session import Observer
 from tests.conftest import wait_until
@@ -236,7 +240,7 @@ def test_a_part_of_the_configuration_that_the_server_refuses_costs_no_other(
     job.log(range(3))
     status = job.finish()
     config = {name: entry["value"] for name, entry in cloud.only().profile["config"].items()}
-    assert (config["a"], config["c"], config["nan"], len(config["text"])) == (1, 3, "nan", 16_384 + 28)
+    assert (config["a"], config["c"], config["nan"], len(config["text"])) == (1, 3, "NaN", 16_384 + 28)
     assert cloud.only().points == expected(range(3))
     assert len(status.notices) == 1
     assert "does not take 'b' of this run's configuration (ApiError: API Request Failed: [413]" in status.notices[0]
@@ -562,6 +566,71 @@ def test_a_server_that_sends_elsewhere_takes_no_key_along(
             sync(tmp_path)
     assert seen
     assert not [headers for headers in seen if KEY in headers or "sid=" in headers.lower()]
+
+
+def test_a_run_that_somebody_writes_is_only_ended_by_force(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine, where its lock is not seen."""
+    job = Job(tmp_path)
+    job.log(range(3))
+    job.finish()
+    (journal,) = (tmp_path / "observer" / "r").glob("journal-*.log")
+    alive = AtWork(journal, "node7", 4711, 20.0)
+    monkeypatch.setattr(RunFiles, "at_work", property(lambda self: alive))
+    cloud.experiments.clear()
+    (synced,) = sync(tmp_path)
+    assert cloud.only().points == expected(range(3))
+    assert (cloud.only().state, synced.in_progress) == ("RUNNING", True)
+    assert synced.notices == (
+        "The run's end is left to who writes it, process 4711 on node7, whose last record is 20 s old; --force ends it "
+        "here.",
+    )
+    (synced,) = sync(tmp_path, force=True)
+    assert (cloud.only().state, synced.in_progress, synced.notices) == ("FINISHED", False, ())
+
+
+def test_a_lone_spool_is_uploaded_and_what_is_missing_is_said(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No writer was ever there: of two ranks one has kept its part on its disk."""
+    monkeypatch.setattr("swanlab_ray.observer.channel.UNREACHABLE_S", 0.2)
+    link = Link(Cluster(settings_for(tmp_path, mode="cloud")))
+    link.cut = True
+    observer = Observer(link.cluster.settings, Identity(0, 2, 0, 1), link)
+    for step in range(20):
+        observer.log({"x": step}, step)
+    assert not observer.finish(timeout=1.0)
+    assert not list(tmp_path.rglob("journal-*.log"))
+    (synced,) = sync(tmp_path)
+    assert cloud.only().points["x"] == {step: float(step) for step in range(20)}
+    assert cloud.only().state == "CRASHED"
+    assert "no writer took this run" in cloud.only().logs[0]["message"]
+    assert synced.notices == ("Of 2 ranks 1 are missing: give the paths of their files and journal as well.",)
+
+
+def test_a_run_that_cannot_be_uploaded_costs_no_other(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One journal of several names a strange host."""
+    foreign = Job(tmp_path / "a", api_host="http://127.0.0.1:9", run_id="foreign")
+    own = Job(tmp_path / "b", api_host=cloud.url, run_id="own")
+    for job in (foreign, own):
+        job.observers[0].log({"x": 1.0}, 0)
+        job.observers[0].flush(20)
+        job.cluster.kill()
+    cloud.experiments.clear()
+    monkeypatch.setenv("SWANLAB_API_HOST", "")
+    monkeypatch.setenv("SWANLAB_WEB_HOST", "")
+    monkeypatch.setenv("SWANLAB_ROOT", str(tmp_path / "root"))
+    monkeypatch.delenv("SWANLAB_API_KEY")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / ".netrc").write_text(f"machine {cloud.url} login {cloud.url} password {KEY}\n")
+    shown = CliRunner().invoke(main, ["sync", str(tmp_path)])
+    assert shown.exit_code == 1
+    assert "Error: Run 'foreign' was in the cloud at 'http://127.0.0.1:9'" in shown.stderr
+    assert shown.stdout.startswith("run own: ")
+    assert list(cloud.experiments) == ["own"]
 
 
 def test_sync_leaves_the_environment_as_it_is(
