@@ -16,6 +16,7 @@ from swanlab_ray.observer import session, which_run
 from swanlab_ray.observer.identity import Identity, resolve_run_id
 from swanlab_ray.observer.session import DisabledObserver, Observer, connect
 from tests import incarnations
+from tests.swanlab_file import read_run, run_dirs
 
 SHELL = {
     "SLURM_JOB_ID": "77",
@@ -42,9 +43,9 @@ def _new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def writers(monkeypatch: pytest.MonkeyPatch) -> dict[str, incarnations.Cluster]:
-    """A writer for each run id, where Ray would be."""
-    incarnations.mortal(monkeypatch)
+def writers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, incarnations.Cluster]:
+    """A writer for each run id, where Ray would be; with the parameter True each with SwanLab's own files."""
+    incarnations.mortal(monkeypatch, swanlab=getattr(request, "param", False))
     found: dict[str, incarnations.Cluster] = {}
 
     def link(settings: ObserverSettings, identity: Identity) -> incarnations.Link:
@@ -87,6 +88,14 @@ def test_programs_of_one_interactive_slurm_shell_are_a_run_each(program: Program
     assert values(tmp_path) == {first: [1.0], second: [2.0]}
     elsewhere = program(SHELL, 3.0, tmp_path / "other")
     assert elsewhere not in (first, second)  # in the cloud they would be one experiment
+
+
+@pytest.mark.parametrize("writers", [True], indirect=True)
+def test_a_second_program_leaves_the_first_one_s_swanlab_run_alone(program: Program, tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        program(SHELL, value)
+    kept = [read_run(path).scalars for path in run_dirs(tmp_path / "log")]
+    assert sorted(kept, key=str) == [{"x": {0: 1.0}}, {"x": {0: 2.0}}]
 
 
 def test_a_job_that_is_queued_again_goes_on_with_its_runs_in_their_order(program: Program, tmp_path: Path) -> None:
