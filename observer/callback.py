@@ -6,7 +6,7 @@ import functools
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from transformers import Trainer, TrainerCallback
@@ -20,7 +20,7 @@ from swanlab_ray.observer.identity import trial_of_tune
 from swanlab_ray.observer.notices import logger
 from swanlab_ray.observer.own_loss import OwnLoss
 from swanlab_ray.observer.phases import Phases
-from swanlab_ray.observer.redact import plain
+from swanlab_ray.observer.redact import configuration
 from swanlab_ray.observer.session import Observer, connect, current
 from swanlab_ray.observer.wrapping import Wrapped
 
@@ -54,18 +54,16 @@ class ObserverCallback(TrainerCallback):
 
     Args:
         settings: see :class:`ObserverSettings`; by default read from the environment.
-        config: what rank 0 adds to the run's configuration.
+        config: what rank 0 adds to the run's configuration: a mapping, or an object with named parts.
         overrides: fields of the settings, instead of ``settings``.
 
     Raises:
         SettingsError: a setting is wrong.
     """
 
-    def __init__(
-        self, settings: ObserverSettings | None = None, config: Mapping[str, Any] | None = None, **overrides: Any
-    ) -> None:
+    def __init__(self, settings: ObserverSettings | None = None, config: Any = None, **overrides: Any) -> None:
         self.settings = settings if settings is not None else ObserverSettings(**overrides)
-        self._config = config or {}
+        self._config = config
         self._begin()
 
     def _begin(self) -> None:
@@ -275,8 +273,7 @@ class ObserverCallback(TrainerCallback):
         left_out: dict[str, str] = {}
         trainer = self._trainer() if self._trainer is not None else None
         described = run_config(args, model, state, trainer, left_out.__setitem__)
-        own = plain(self._config)
-        observer.config({**described, **(own if isinstance(own, dict) else {"config": own})})
+        observer.config({**described, **configuration(self._config)})
         if left_out:
             reasons = ", ".join(f"{name} ({why})" for name, why in left_out.items())
             self.say_once(f"Not in the configuration: {reasons[: 3 * LONGEST_REASON]}; the rest of it is.")

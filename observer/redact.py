@@ -37,6 +37,13 @@ def plain(value: Any, name: str = "") -> Any:
     return _Copy().of(value, sensitivity(name))
 
 
+def configuration(values: Any) -> dict[str, Any]:
+    """The same of a whole configuration: a mapping, ``argparse.Namespace``, dataclass, ...; what has no names stands
+    under ``config``."""
+    copied = plain({} if values is None else values)
+    return copied if isinstance(copied, dict) else {"config": copied}
+
+
 class _Copy:
     """One configuration that is copied."""
 
@@ -59,7 +66,7 @@ class _Copy:
             return self.of(value.value if isinstance(value.value, (str, int, float)) else value.name, how)
         if isinstance(value, (str, bytes, bytearray, os.PathLike, UserString)):
             return self._text(value, how)
-        if (how is Sensitivity.SECRET and not _is_empty(value)) or hasattr(value, "get_secret_value"):
+        if (how is Sensitivity.SECRET and not _is_empty(value)) or hasattr(type(value), "get_secret_value"):
             return MASK
         return _number(value) if isinstance(value, (int, float)) else self._composed(value, how)
 

@@ -55,7 +55,7 @@ from swanlab_ray.observer.no_channel import NoChannel
 from swanlab_ray.observer.node_metrics import NodeMetrics
 from swanlab_ray.observer.notices import logger, warn_once
 from swanlab_ray.observer.pulse import Pulse
-from swanlab_ray.observer.redact import plain
+from swanlab_ray.observer.redact import configuration
 from swanlab_ray.observer.secret_shapes import hide, masked
 from swanlab_ray.observer.spans import NO_SPAN, NoSpan, Span, SpanLog
 from swanlab_ray.observer.spool import Spool
@@ -284,9 +284,14 @@ class Observer:
         self._put(event)
 
     @never_raises(None)
-    def config(self, /, values: Mapping[str, Any] | None = None, **more: Any) -> None:
-        """Add to the run's configuration. Values may be nested; secrets are masked by their names."""
-        self._put(encode((CONFIG, plain({**(values or {}), **more}))))
+    def config(self, /, values: Any = None, **more: Any) -> None:
+        """Add to the run's configuration. Values may be nested, of every type; secrets are masked.
+
+        Args:
+            values: a mapping, or an object with named parts: ``argparse.Namespace``, a dataclass, a pydantic model.
+            more: the same, as keywords.
+        """
+        self._put(encode((CONFIG, {**configuration(values), **configuration(more)})))
 
     @never_raises(None)
     def progress(self, step: int, max_steps: int = 0, epoch: float | None = None) -> None:
@@ -492,7 +497,7 @@ class DisabledObserver(Observer):
 
     def send(self, event: bytes | Deferred) -> None: ...
 
-    def config(self, values: Mapping[str, Any] | None = None, **more: Any) -> None: ...
+    def config(self, /, values: Any = None, **more: Any) -> None: ...
 
     def progress(self, step: int, max_steps: int = 0, epoch: float | None = None) -> None: ...
 

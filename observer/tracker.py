@@ -36,7 +36,7 @@ class ObserverTracker(GeneralTracker):
         """What ``accelerator.get_tracker("swanlab-ray", unwrap=True)`` returns."""
         return self.observer
 
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
+    def store_init_configuration(self, values: Any) -> None:
         """Record the configuration given to ``accelerator.init_trackers``."""
         self.observer.config(values)
 

@@ -195,6 +195,16 @@ def test_values_keep_what_they_say() -> None:
     assert plain(Lazy())["good"] == 1
 
 
+def test_a_mapping_that_has_every_attribute_is_a_mapping() -> None:
+    """Axolotl's configuration answers None for what it has not."""
+
+    class Lenient(dict[str, Any]):
+        def __getattr__(self, name: str) -> None:
+            return None
+
+    assert plain(Lenient(a=Lenient(b=1))) == {"a": {"b": 1}}
+
+
 def test_what_is_endless_is_cut_with_a_mark() -> None:
     cyclic: dict[str, Any] = {"good": 1}
     cyclic["self"] = [cyclic]
