@@ -198,8 +198,9 @@ def running_address() -> str | None:
     return address
 
 
-def detach(cluster: Cluster) -> None:
-    """Leave Ray, if this process joined it for the observer only, and let a private cluster end."""
+def detach(cluster: Cluster, over: bool = False) -> None:
+    """Leave Ray, if this process joined it for the observer only, and let a private cluster end, soon where the run is
+    over."""
     try:
         with sharing.using_ray(cluster.connection):
             if cluster.ours:
@@ -207,7 +208,7 @@ def detach(cluster: Cluster) -> None:
     except sharing.Taken:
         pass  # the script has taken it from us
     if cluster.directory is not None:
-        leave_private(cluster.directory)
+        leave_private(cluster.directory, over)
 
 
 def reachable(cluster: Cluster) -> bool:

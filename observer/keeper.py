@@ -275,7 +275,7 @@ def _wait_until_unused(directory: Path, session: Path) -> None:
                         directories.keep_young([place, *place.rglob("*")])
             continue
         unused_since = unused_since or now
-        if now - unused_since >= GRACE_S:
+        if now - unused_since >= GRACE_S or (directory / "over").exists():
             return
 
 

@@ -72,6 +72,7 @@ class RayLink:
         self._cluster: cluster.Cluster | None = None
         self._writer: Any = None
         self._hopeless: str | None = None
+        self._over = False
         self._failures = 0  # in a row, of a writer that cannot be started
         self._died_at: float | None = None
         self.run_id: str | None = settings.run_id
@@ -194,6 +195,7 @@ class RayLink:
         while time.monotonic() < deadline:
             wait = max(0.1, min(CALL_DEADLINE_S, deadline - time.monotonic()))
             status = self._answer(self._call("status"), wait)
+            self._over = status is not None and status.closed
             if status is None or status.closed:
                 break
             time.sleep(0.05)
@@ -202,7 +204,7 @@ class RayLink:
     def close(self) -> None:
         """Leave the cluster."""
         if self._cluster is not None:
-            cluster.detach(self._cluster)
+            cluster.detach(self._cluster, self._over)
             self._cluster = None
 
     def _by_reference(self, batch: bytes) -> Any:

@@ -8,6 +8,7 @@ It lives in a directory of its own, named by the run id (see directories)::
         alive       lock: held by every rank and by the writer; when nobody holds it any more, the cluster ends
         cluster     its address and token, written when it is up
         failed      why it could not be started
+        over        the run has ended, so that no writer is restarted any more
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def start_private(run_id: str, dashboard: bool) -> Path:
     if time.monotonic() < again and nobody_holds(str(directory / "keeper")):
         raise NoCluster(f"The Ray cluster of this run could not be started, {failures} times: {_why_failed(directory)}")
     _hold(directory / "alive")
+    (directory / "over").unlink(missing_ok=True)
     _start_keeper(directory, dashboard)
     return directory
 
@@ -81,8 +83,11 @@ def described(directory: Path) -> dict[str, Any]:
     return found
 
 
-def leave_private(directory: Path) -> None:
-    """Let the private cluster end, as far as this process is concerned."""
+def leave_private(directory: Path, over: bool = False) -> None:
+    """Let the private cluster end, as far as this process is concerned; soon where the run is over."""
+    if over:
+        with suppress(OSError):
+            (directory / "over").touch(mode=0o600)
     descriptor = _held.pop(directory / "alive", None)
     if descriptor is not None:
         release_lock(descriptor)
