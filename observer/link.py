@@ -72,6 +72,7 @@ class RayLink:
         self._cluster: cluster.Cluster | None = None
         self._writer: Any = None
         self._hopeless: str | None = None
+        self._welcomed = False
         self._over = False
         self._failures = 0  # in a row, of a writer that cannot be started
         self._died_at: float | None = None
@@ -124,7 +125,7 @@ class RayLink:
             raise
         if answer is None:
             raise LinkBroken(f"The writer did not answer within {wait:.0f} s.")
-        self._failures, self._died_at = 0, None
+        self._failures, self._died_at, self._welcomed = 0, None, True
         welcome = welcomed(answer)
         if self._settings.api_key is not None and self._settings.mode == "cloud":
             with suppress(LinkBroken):  # a writer of an older version does not ask for it
@@ -142,13 +143,33 @@ class RayLink:
 
     def _note_failure(self, error: LinkBroken) -> None:
         """End a writer that its node cannot start: Ray would try for ever, also when this rank has gone."""
-        if not isinstance(error.__cause__, Exception) or not _cannot_start(error.__cause__):
+        why = self._why_not_started(error)
+        if why is None:
             return
         self._failures += 1
         with suppress(Exception), self._ray() as ray:
             ray.kill(self._writer, no_restart=True)
         if self._failures >= STARTS:
-            self._hopeless = str(error)
+            self._hopeless = why
+        raise LinkBroken(why) from error
+
+    def _why_not_started(self, error: LinkBroken) -> str | None:
+        cause = error.__cause__
+        if isinstance(cause, Exception) and _cannot_start(cause):
+            return str(error)
+        if self._welcomed or type(cause).__name__ != "ActorUnavailableError":
+            return None
+        from swanlab_ray.actors.handle import import_there
+
+        try:
+            with self._ray():
+                imported = import_there()
+            self._answer(imported, min(CALL_DEADLINE_S, self.deadline - time.monotonic()))
+        except LinkBroken as told:
+            return str(told) if isinstance(told.__cause__, Exception) and _cannot_start(told.__cause__) else None
+        except Exception:  # the cluster has ended meanwhile
+            return None
+        return None
 
     @contextmanager
     def _ray(self) -> Iterator[Any]:
@@ -272,8 +293,8 @@ def _broken(error: Exception) -> LinkBroken:
         return LinkBroken(str(error))
     if _cannot_start(error):
         return LinkBroken(
-            "The writer's node, mostly the cluster's head, has no swanlab-ray, or another version of it: install it "
-            "there as it is here."
+            "The cluster's head, where the writer runs, has no swanlab-ray, or another version of it: install it there "
+            "as it is here."
         )
     return LinkBroken(_brief(told))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -215,6 +216,41 @@ def test_an_answer_that_is_an_exception_counts_by_its_type(error: Exception, kin
         assert type(broken) is kind
         assert text in str(broken)
         assert "\n" not in str(broken)
+
+
+def test_a_head_without_the_package_is_told_and_asked_three_times(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Ray restarts such an actor without end, and says only that; so its class is imported there by a task."""
+    import ray
+    from ray.exceptions import ActorUnavailableError, RayTaskError
+
+    from swanlab_ray.actors import handle
+    from swanlab_ray.observer.identity import Identity
+    from tests.incarnations import settings_for
+
+    missing = ModuleNotFoundError("No module named 'swanlab_ray'")
+    ended: list[dict[str, Any]] = []
+
+    class Link(link.RayLink):
+        def _answer(self, reference: Any, wait: float) -> Any:
+            assert reference == "import"
+            raise link._broken(failed) from failed
+
+    failed = RayTaskError("_import", f"ModuleNotFoundError: {missing}", missing)
+    monkeypatch.setattr(handle, "import_there", lambda: "import")
+    monkeypatch.setattr(link.RayLink, "_ray", lambda self: contextlib.nullcontext(ray))
+    monkeypatch.setattr(ray, "kill", lambda writer, **options: ended.append(options))
+    one = Link(settings_for(tmp_path), Identity(0, 1, 0, 1))
+    one._writer = object()
+    restarting = link.LinkBroken("ActorUnavailableError: the actor was restarted")
+    restarting.__cause__ = ActorUnavailableError("the actor was restarted", None)
+    for _ in range(link.STARTS):
+        assert one._hopeless is None
+        with pytest.raises(link.LinkBroken, match="has no swanlab-ray, or another version of it: install it there"):
+            one._note_failure(restarting)
+    assert ended == [{"no_restart": True}] * link.STARTS
+    assert one._hopeless is not None
 
 
 def test_a_script_that_uses_ray_after_connect_has_its_own(launch: Launch) -> None:
