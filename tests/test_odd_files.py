@@ -47,7 +47,7 @@ def test_a_spool_that_no_writer_took_says_so_and_is_uploaded(
     assert f"`swanlab-ray sync {directory}` uploads them; if other ranks had a writer" in caplog.text
     assert "success (only spooled)" in invoke("runs", "--log-dir", tmp_path).stdout
     shown = invoke("show", "--log-dir", tmp_path).stdout
-    assert "no writer took this run: its 5 events lie in 1 spool of its ranks" in shown
+    assert "no writer took this run: its 5 events lie in 1 spool file of its ranks" in shown
     assert f"upload them with: swanlab-ray sync {directory}\n" in shown
     (run,) = json.loads(invoke("runs", "--json", "--log-dir", tmp_path).stdout)
     assert (run["only_spooled"], run["events"]) == (True, 5)
