@@ -164,11 +164,11 @@ class CloudRun(Sink):
                     self._experiment.use_key(offered)
                     continue
                 self._away(str(error))
-                if self._left() <= 0 or (self._no_key and self._left() < math.inf):  # no time brings a key
+                if self.left() <= 0 or (self._no_key and self.left() < math.inf):  # no time brings a key
                     raise self._gave_up(str(error)) from error
-                self._wake.wait(min(pause, max(0.1, self._left())))
+                self._wake.wait(min(pause, max(0.1, self.left())))
                 if self._end is not None:
-                    time.sleep(min(0.5, max(0.0, self._left())))  # _wake stays set
+                    time.sleep(min(0.5, max(0.0, self.left())))  # _wake stays set
                 pause = min(pause * 2, RETRY_S[1])
                 continue
             if self._away_since is not None:
@@ -181,7 +181,7 @@ class CloudRun(Sink):
             self._away_since = time.monotonic()
             stderr(f"the SwanLab cloud is away: {reason}")
         # A rank that has a key says so in a moment.
-        soon = self._no_key and self._left() == math.inf and time.monotonic() - self._away_since < KEY_PATIENCE_S
+        soon = self._no_key and self.left() == math.inf and time.monotonic() - self._away_since < KEY_PATIENCE_S
         if not self._told and not soon:
             self._told = True
             self.notice(

@@ -116,7 +116,7 @@ def fitting(name: str) -> str | None:
 def shown(name: str) -> str:
     """A name in a sentence: short, and on one line."""
     text = _visible(name)
-    return f"{text[:60]}..." if len(text) > 63 else text
+    return f"{text[:40]}...{text[-20:]}" if len(text) > 63 else text
 
 
 def _visible(name: str) -> str:

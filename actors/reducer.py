@@ -251,7 +251,7 @@ class Reducer:
         sink.restart()
         self.sink = again = self._make_sink()
         again.waits = True
-        again.hurry()
+        again.hurry(sink.left())
         reduction = Reduction(again, self._settings, superseded)
         for found in merged(run):
             if not isinstance(found, Damaged):

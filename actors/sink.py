@@ -93,8 +93,8 @@ class Sink:
         """Queue a row. Where the queue is full this waits, or thins."""
         row = self._fit(step, time_ns, values, table)
         with self._room:
-            while self._waiting > QUEUE_SCALARS and self._patient and not self._failed and self._left() > 0:
-                self._room.wait(min(1.0, self._left()))
+            while self._waiting > QUEUE_SCALARS and self._patient and not self._failed and self.left() > 0:
+                self._room.wait(min(1.0, self.left()))
             if self._failed:
                 self._lose(row)
                 return
@@ -111,9 +111,11 @@ class Sink:
         except IndexError:
             return 0.0
 
-    def hurry(self) -> None:
-        """The run is ending: whatever takes longer than :data:`FINISH_DEADLINE_S` from now on is given up."""
-        self._drain_until = min(self._drain_until, time.monotonic() + self._patience())
+    def hurry(self, left: float = math.inf) -> None:
+        """The run is ending: what takes longer than :data:`FINISH_DEADLINE_S` from now on, or than the seconds that are
+        ``left``, is given up.
+        """
+        self._drain_until = min(self._drain_until, time.monotonic() + min(left, self._patience()))
 
     def finish(self, state: State, error: str | None) -> None:
         """Write what is queued and close the run; ``closed`` is set when that is done or given up."""
@@ -162,7 +164,7 @@ class Sink:
 
     # Their tools.
 
-    def _left(self) -> float:
+    def left(self) -> float:
         """Seconds until the deadline of the end."""
         return self._drain_until - time.monotonic()
 
@@ -221,7 +223,7 @@ class Sink:
                 self._excuse("the run's configuration", error)
             self._configs.popleft()
         while self._rows:
-            if self._left() <= self._closing():
+            if self.left() <= self._closing():
                 self.complete = False
                 return
             row = self._rows[0]

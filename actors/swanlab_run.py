@@ -174,7 +174,7 @@ class SwanLabRun(Sink):
         queue = self._run._components.emitter.queue
         while queue.qsize() >= AHEAD_CALLS[self.mode]:
             self._check_consumer()
-            if self._left() <= self._closing():
+            if self.left() <= self._closing():
                 return False
             time.sleep(0.005)
         self._check_consumer()
@@ -194,7 +194,7 @@ class SwanLabRun(Sink):
             return
         ending = threading.Thread(target=self._run.finish, args=(state, error), name="swanlab-finish", daemon=True)
         ending.start()
-        ending.join(max(1.0, self._left()))
+        ending.join(max(1.0, self.left()))
         missing = self._handed - self.written
         if ending.is_alive():
             self.complete = False
@@ -215,7 +215,7 @@ class SwanLabRun(Sink):
         """Close this run unfinished; another one will take its place."""
         self._restarted = True
         self.finish("aborted", "written again from the journal")
-        self.closed.wait(FINISH_DEADLINE_S)
+        self.closed.wait(max(0.0, self.left()))
 
 
 def remove_run(directory: Path, log_dir: Path, run_id: str) -> None:

@@ -90,7 +90,7 @@ DURABLE_S = 2.0
 """How long the answer to a goodbye waits until that is on disk."""
 FAILED_RANK_GRACE_S = 15.0
 """Once one rank has failed, silence this long means that its peers went with it."""
-CLOSE_DEADLINE_S = FINISH_DEADLINE_S + 15.0
+CLOSE_DEADLINE_S = FINISH_DEADLINE_S + 10.0
 """How long the actor stays at the most to work off what was acknowledged and to close the run."""
 JOURNAL_DEADLINE_S = 10.0
 """How long the end waits for a disk that takes nothing."""
@@ -727,7 +727,7 @@ class Writer:
                     completions_dropped=self._completions_dropped(reducer),
                 )
             )
-        self._journal.close(JOURNAL_DEADLINE_S)
+        self._journal.close(JOURNAL_DEADLINE_S / 2)
 
     def _die(self) -> None:
         """Let watchers read the end, and end this actor for good."""

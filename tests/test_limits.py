@@ -17,15 +17,17 @@ from hypothesis import strategies as st
 from swanlab.sdk.internal.pkg import constraints
 from swanlab.sdk.internal.run.fmt import validate_key
 
-from swanlab_ray.actors import cloud_run, swanlab_run
+from swanlab_ray.actors import cloud_run, swanlab_run, writer
 from swanlab_ray.actors.cloud_run import CloudRun
 from swanlab_ray.actors.limits import HIGHEST_STEP, fit_config, fitting
 from swanlab_ray.actors.protocol import State
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.sink import Row, Sink
+from swanlab_ray.actors.sink import FINISH_DEADLINE_S, Row, Sink
 from swanlab_ray.actors.swanlab_run import SwanLabRun, remove_run
 from swanlab_ray.actors.thinning import Thinning
+from swanlab_ray.observer.session import FINISH_TIMEOUT_S
 from tests.conftest import wait_until
+from tests.incarnations import NoSwanLab
 from tests.swanlab_cloud import SwanLabCloud
 from tests.swanlab_file import only_run
 
@@ -242,6 +244,22 @@ def test_what_local_mode_cannot_take_is_thinned_evenly_and_closed_in_time(
         assert steps[-1] > 250
         assert max(after - before for before, after in itertools.pairwise(steps)) <= 160
     assert len(points["eval"]) >= 3
+
+
+def test_a_run_is_closed_before_its_last_rank_stops_waiting() -> None:
+    """SwanLab's run, the last notification and the journal, one after the other."""
+    longest = writer.CLOSE_DEADLINE_S + writer.LARK_DEADLINE_S + writer.JOURNAL_DEADLINE_S / 2
+    assert FINISH_DEADLINE_S < writer.CLOSE_DEADLINE_S
+    assert longest + 5 <= FINISH_TIMEOUT_S
+
+
+def test_a_run_that_is_written_anew_has_no_more_time_than_the_one_before(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    first, second = Delivered("offline", tmp_path / "a", cloud), NoSwanLab(print, lambda sink: None)
+    first.sink.hurry(7.0)
+    second.hurry(first.sink.left())
+    assert second.left() <= first.sink.left() + 0.1 <= 7.1
+    first.finish()
+    second.finish("success", None)
 
 
 @settings(max_examples=50, deadline=None)
