@@ -178,7 +178,7 @@ def test_any_name_through_every_command(name: str, columns: str) -> None:
         assert traced.exit_code == 0
         events = json.loads((log_dir / "t.json").read_text())["traceEvents"]
         assert [event["name"] for event in events if event["ph"] == "X"] == [name, name]
-        nobody = invoke("show", f"{name}?"[:100].replace("\0", ""), log_dir=log_dir)
+        nobody = invoke("show", "--log-dir", folder, "--", f"{name}?"[:100])
         assert nobody.exit_code == 1
         for done in (*outputs, verified, traced, nobody):
             assert not STEERS.search(done.output)
