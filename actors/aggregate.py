@@ -93,22 +93,14 @@ class Aggregator:
         together with what other ranks log there again."""
         self._written.rewind(rank, step)
         for row in (row for pending, row in self._rows.items() if pending >= step):
-            for waiting in row.all():
-                if rank in waiting.by_rank:
-                    waiting.back |= {rank}
+            row.rewind(rank)
         if rank in self._reached:
             self._reached[rank] = step - 1
 
     def logged(self, rank: int, scalars: Scalars) -> bool:
         """Whether this rank has logged one of these names at this step, and has not gone back since."""
-        shape = self._shape(scalars)
-        row = self._rows.get(scalars.step)
-        if row is not None:
-            pending: list[Calls | Waiting] = [row.names[key] for key in shape.ids & row.names.keys()]
-            pending += [calls for other, calls in row.calls.items() if not shape.ids.isdisjoint(other.ids)]
-            if any(rank in waiting.by_rank and rank not in waiting.back for waiting in pending):
-                return True
-        return self._written.holds(rank, scalars.step, shape.ids)
+        ids, row = self._shape(scalars).ids, self._rows.get(scalars.step)
+        return (row is not None and row.holds(rank, ids)) or self._written.holds(rank, scalars.step, ids)
 
     @property
     def waiting(self) -> bool:

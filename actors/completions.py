@@ -77,7 +77,7 @@ class CompletionBuffer:
         return self._since > 0
 
     def add(self, rank: int, event: Completions, now: float) -> None:
-        """Take the rows of an event; ``now`` is its Unix time of arrival, in seconds."""
+        """Take the rows of an event; ``now`` is its time of arrival, in seconds."""
         self._now = now
         self.highest_step = max(self.highest_step, event.step)
         rows = self._waiting.setdefault(rank, deque(maxlen=self._size))

@@ -29,14 +29,13 @@ from swanlab_ray.actors.protocol import (
 from swanlab_ray.actors.records import Arrived, Batch, Ended, Entry, Finished, Returned, Tick
 from swanlab_ray.actors.seen import InOrder
 from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.spans import STEPS
 from swanlab_ray.actors.status import REPEATED
 from swanlab_ray.actors.supersession import Supersession
 from swanlab_ray.actors.tables import Decoder, Table, table
 from swanlab_ray.actors.timings import Timings
 
 TICK_S = 0.2
-STEPS = 1 << 63
-"""Steps are below this."""
 
 
 class Output(Protocol):
@@ -198,8 +197,6 @@ class Reduction:
                     match event:
                         case Scalars():
                             step = event.step
-                            if not 0 <= step < STEPS:
-                                raise ValueError(f"step {step} is not from 0 to 2**63 - 1")
                             if rank in self._again or self._superseded is not None:
                                 self._take_again(rank, life, event, now)
                             else:
@@ -251,6 +248,8 @@ class Reduction:
             self._aggregator.add(rank, kept, now)
 
     def _take_progress(self, rank: int, progress: Progress, now: float) -> None:
+        if not 0 <= progress.step < STEPS:
+            raise ValueError(f"step {progress.step} is not from 0 to 2**63 - 1")
         if self._superseded is None and self._passes.says_it_is_at(rank, progress.step):
             self._go_back(rank, progress.step + 1, now)
         self.completions.passed(rank, progress.step)
@@ -273,8 +272,6 @@ class Reduction:
         self.timings.end_rank(rank, now, self._standing(rank, life))
 
     def _take_completions(self, rank: int, life: str, event: Completions, now: float) -> None:
-        if not 0 <= event.step < STEPS:
-            raise ValueError(f"step {event.step} is not from 0 to 2**63 - 1")
         self._resumed_at(rank, event.step)
         if self._superseded is None or self._superseded.stands(rank, life, event.step, TABLE):
             self.completions.add(rank, event, now)

@@ -17,6 +17,8 @@ MEAN = "Time taken: "
 """Names of single calls begin like this: of several in a step the mean counts. Of phases it is the sum."""
 OUTERMOST = 4_096
 """Outermost spans of a step that are kept apart, to tell what lies inside of one that ends later; more are merged."""
+STEPS = 1 << 63
+"""Steps are below this."""
 NAMES_PER_STEP = 1_000
 """Names of spans that are added up in a step."""
 
@@ -42,11 +44,20 @@ class Span(NamedTuple):
         return self.begin + self.duration
 
 
+def outside(event: Spans) -> int:
+    """How many of its spans belong to no step that can be."""
+    if not event.step or (min(event.step) >= 0 and max(event.step) < STEPS):
+        return 0
+    return sum(not 0 <= step < STEPS for step in event.step)
+
+
 def spans_of(event: Spans) -> Iterator[Span]:
-    """The spans of an event, in the order of their ends."""
+    """The spans of an event, in the order of their ends, but for those :func:`outside`."""
     names, threads = event.names, event.threads
     columns = (event.thread, event.name, event.step, event.begins, event.durations)
     for at, (thread, name, step, begin, duration) in enumerate(zip(*columns, strict=True)):
+        if not 0 <= step < STEPS:
+            continue
         begin, duration = begin + event.begin_ns, max(0, duration)  # of a clock that was set back
         parent = event.parents[at] if event.parents else 0
         around = begin - parent if parent > 0 else parent

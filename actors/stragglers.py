@@ -140,7 +140,7 @@ class Stragglers:
         ranks = self._steps.setdefault(times.step, {})
         ranks[rank] = times
         if len(self._steps) > 10 * WINDOW:
-            del self._steps[min(self._steps)]
+            del self._steps[next(iter(self._steps))]  # the lowest, mostly; not that of a rank that is far behind
         if self._missing or len(ranks) < 2 or not self._running <= ranks.keys():
             return None
         del self._steps[times.step]

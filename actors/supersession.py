@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from swanlab_ray.actors.batches import BatchReader
 from swanlab_ray.actors.completions import TABLE
@@ -149,5 +150,6 @@ def supersession(run: RunFiles) -> Supersession:
             for index, event in enumerate(batches.events(entry)):
                 if turns.look(entry.rank, entry.life, event):
                     found.turned(entry.rank, entry.life, entry.seq, index)
-                found.logged(entry.rank, found.latest(entry.rank, entry.life), event)
+                with suppress(ValueError, IndexError):  # an odd event, of which the reduction tells
+                    found.logged(entry.rank, found.latest(entry.rank, entry.life), event)
     return found

@@ -7,10 +7,11 @@ A span's name becomes ``profiling/<name>`` in seconds: of one rank as it is, of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from heapq import heappop, heappush
 
 from swanlab_ray.actors.aggregate import Aggregator, Emit
 from swanlab_ray.actors.protocol import USER, Scalars, Spans
-from swanlab_ray.actors.spans import PREFIX, RankSpans, StepTimes
+from swanlab_ray.actors.spans import PREFIX, RankSpans, StepTimes, outside
 from swanlab_ray.actors.stragglers import NAMED, Straggler, Stragglers
 
 NAMES = 200
@@ -61,7 +62,7 @@ class Timings:
 
     def take(self, rank: int, event: Spans, now: float, standing: Callable[[Scalars], Scalars | None]) -> None:
         """Take the spans of a rank. ``standing`` leaves what no resumed training has replaced; ``now`` in seconds."""
-        self.dropped += event.dropped
+        self.dropped += event.dropped + outside(event)
         for times in self._ranks.setdefault(rank, RankSpans()).take(event):
             self._add(rank, times, now, standing)
 
@@ -85,6 +86,8 @@ class Timings:
     def rewind(self, rank: int, step: int) -> None:
         """From this step on a rank runs its steps again."""
         self._aggregator.rewind(rank, step)
+        for pace in self._paces.values():
+            pace.rewind(step)
 
     def passed(self, rank: int, step: int) -> None:
         """A rank is at this step. Its spans may come later than it says so."""
@@ -158,15 +161,26 @@ class _Pace:
         self._room: float = BURST
         self._then = 0.0
         self._decided: dict[int, bool] = {}
+        self._steps: list[int] = []  # a heap of them
+        self._floor = 0  # below this step decisions are forgotten
 
     def due(self, step: int, now: float) -> bool:
         """Whether the name is written at this step; ``now`` in seconds."""
         due = self._decided.get(step)
         if due is None:
+            if step < self._floor:
+                return False  # if the others have written it, then without this rank
             self._room = min(BURST, self._room + max(0.0, now - self._then))
             self._then = max(self._then, now)
             due = self._decided[step] = self._room >= 1
             self._room -= due
-            if len(self._decided) > DECIDED_STEPS:
-                del self._decided[next(iter(self._decided))]
+            heappush(self._steps, step)
+            if len(self._steps) > DECIDED_STEPS:
+                lowest = heappop(self._steps)
+                del self._decided[lowest]
+                self._floor = max(self._floor, lowest + 1)
         return due
+
+    def rewind(self, step: int) -> None:
+        """Steps from this one on are run again."""
+        self._floor = min(self._floor, step)

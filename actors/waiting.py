@@ -51,3 +51,15 @@ class Row:
     def all(self) -> list[Calls | Waiting]:
         """Everything that waits here."""
         return [*self.calls.values(), *self.names.values()]
+
+    def rewind(self, rank: int) -> None:
+        """This rank has gone back: what it has logged here it may log again."""
+        for waiting in self.all():
+            if rank in waiting.by_rank:
+                waiting.back |= {rank}
+
+    def holds(self, rank: int, ids: frozenset[str]) -> bool:
+        """Whether this rank has logged one of these names here, and has not gone back since."""
+        waiting: list[Calls | Waiting] = [self.names[key] for key in ids & self.names.keys()]
+        waiting += [calls for shape, calls in self.calls.items() if not ids.isdisjoint(shape.ids)]
+        return any(rank in one.by_rank and rank not in one.back for one in waiting)

@@ -26,6 +26,7 @@ class Group(NamedTuple):
 
 
 EMPTY = Group(NOBODY, NOBODY)
+_NEVER: tuple[int, set[str]] = (-1, set())
 
 
 class Written:
@@ -36,7 +37,8 @@ class Written:
         self._heap: list[int] = []  # their numbers: the lowest goes first, whatever order they came in
         self._names = 0
         self._floors: dict[str, int] = {}  # of each name, the step below which all is forgotten
-        self._below: dict[int, tuple[int, set[str]]] = {}  # of each rank, its latest step that is forgotten
+        # Of each rank its highest step that is forgotten, and what it has logged there since.
+        self._below: dict[int, tuple[int, set[str]]] = {}
         self.floor = 0
         """The highest of the names' floors: from there on everything is remembered."""
         self.lowered = 0
@@ -58,7 +60,10 @@ class Written:
             self._forget(heappop(self._heap))
 
     def _forget(self, step: int) -> None:
-        for names in self._steps.pop(step):
+        for names, group in self._steps.pop(step).items():
+            for rank in group.ranks:
+                if self._below.get(rank, _NEVER)[0] < step:
+                    self._below[rank] = step, set()
             self._names -= len(names)
             self._floors |= dict.fromkeys((name for name in names if self._floors.get(name, 0) <= step), step + 1)
             self.floor = max(self.floor, step + 1)
@@ -89,11 +94,11 @@ class Written:
 
     def first_below(self, rank: int, step: int, name: str) -> bool:
         """Whether a rank logs a forgotten step for the first time, as far as can be told."""
-        latest, names = self._below.get(rank, (-1, set()))
+        latest, names = self._below.get(rank, _NEVER)
         if step > latest:
             self._below[rank] = step, {name}
             return True
-        if step < latest or name in names:
+        if step < latest or name in names or not names:
             return False
         names.add(name)
         return True

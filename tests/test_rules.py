@@ -104,3 +104,42 @@ def test_an_alert_is_told_once_also_by_a_writer_that_was_restarted(
     (run,) = archive.load(tmp_path)
     told = [alert.text for alert in run.summary.alerts if alert.text.startswith("Alert")]
     assert told == ["Alert: loss < 0.5 (0.15 at step 3)"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 20])
+@pytest.mark.parametrize("scope", ["measured", "logged"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_of_one_rank_is_told_once_with_the_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, scope: str, bad: float
+) -> None:
+    """By the default rules, also where the Trainer leaves it out of the loss that it logs, and it goes on for long."""
+    mortal(monkeypatch)
+    cluster = Cluster(settings_for(tmp_path))
+    ranks = [rank(cluster, Link(cluster), number, world) for number in range(world)]
+    worst = world - 1
+    for step in range(10):
+        for observer in ranks:
+            log = observer.log_rank if scope == "measured" else observer.log
+            log({"loss": bad if step >= 3 and observer.rank >= worst else 1.0}, step)
+        ranks[0].log_job({"train/loss": 1.0}, step)
+    for observer in ranks:
+        assert observer.finish()
+    (run,) = archive.load(tmp_path)
+    told = [alert.text for alert in run.summary.alerts]
+    assert told == [f"Alert: loss is nan ({bad} at step 3 on rank {worst})"]
+
+
+def test_a_rule_on_nan_is_armed_again_by_good_values_of_a_measurement() -> None:
+    rules = Rules(["loss is nan"])
+
+    def good(step: int) -> None:
+        assert not rules.look(step, 0, {"ranks/loss/mean": 1.0, "rank/0/loss": 1.0})
+
+    assert [fired.rank for fired in rules.nonfinite(3, "loss", 0, 0, math.nan)] == [3]
+    for step in range(1, REARM_VALUES):
+        good(step)
+    assert not rules.nonfinite(3, "loss", REARM_VALUES, 0, math.nan)
+    for step in range(REARM_VALUES + 1, 2 * REARM_VALUES + 1):
+        good(step)
+    assert rules.nonfinite(0, "loss", 99, 0, math.nan)
+    assert not rules.nonfinite(0, "other", 99, 0, math.nan)
