@@ -83,6 +83,7 @@ class Reducer:
             self, settings, notice=notice, emit_again=self._write_replacing, on_nonfinite=self._look_at_nonfinite
         )
         self._fired: deque[Fired] = deque(maxlen=FIRED)
+        self._passed_on = 0  # scalars
         self._queue: deque[_Item] = deque()
         self._events = 0
         self._changed = threading.Condition()
@@ -242,7 +243,7 @@ class Reducer:
 
     def _write_again(self, sink: SwanLabRun) -> None:
         """Steps were run again by a training that was resumed, and a SwanLab run on disk keeps the first value."""
-        if sink.written > REWRITE_SCALARS[sink.mode]:
+        if self._passed_on > REWRITE_SCALARS[sink.mode]:
             sink.complete = False
             self._notice(f"Steps were run again; this SwanLab run shows their first values. {self._in_the_journal}")
             return
@@ -270,6 +271,7 @@ class Reducer:
 
     def write(self, step: int, time_ns: int, values: dict[str, float], table: Table | None = None) -> None:
         """Pass on a row of the reduction."""
+        self._passed_on += len(values)
         self.sink.write(step, time_ns, values, table)
         self._fired += self._rules.look(step, time_ns, values)
 

@@ -170,6 +170,7 @@ def test_a_journal_that_cannot_be_followed_ends_the_run_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any error of reading, be it no error that was thought of."""
+    mortal(monkeypatch)  # one process has one SwanLab client, and a killed writer leaves its own behind
     cluster = Cluster(settings_for(tmp_path))
     observer = rank(cluster, Link(cluster))
     observer.log({"x": 1.0}, 1)
