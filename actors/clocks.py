@@ -35,6 +35,10 @@ class Timeline:
         """The present moment."""
         return self._began + self._monotonic_ns()
 
+    def now(self) -> float:
+        """The same in seconds."""
+        return self.now_ns() / 1e9
+
 
 class Skew:
     """How far a rank's clock is behind the writer's, from when its messages were sent and when they came."""

@@ -159,7 +159,7 @@ class Notifications:
         for rank in status.ranks:
             if rank.state in ("running", "success"):
                 self._gone.pop(rank.rank, None)
-                if rank.rank in self._told_gone and rank.state == "running":
+                if rank.rank in self._told_gone:
                     self._told_gone.discard(rank.rank)
                     self._posted = {key for key in self._posted if not key.startswith("gone ")}
                     back.append(rank)

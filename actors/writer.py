@@ -197,7 +197,7 @@ class Writer:
         over = self._sessions.over
         self._before_ns = over.time_ns if over is not None else summary.before_ns
         if over is not None:
-            self._notifications = Notifications(self._mailbox, self._notice, again=True)
+            self._notifications = Notifications(self._mailbox, self._notice, began=self._clock.now(), again=True)
         else:
             self._restarts.count = sum(alert.text.startswith(RESTARTED) for alert in summary.alerts)
             self._notifications = Notifications(
@@ -659,7 +659,7 @@ class Writer:
 
     def _notice_hang(self, now: float) -> None:
         told = self._health.hang
-        over = self._health.look(self._ranks.values(), now, self._clock.now_ns() / 1e9)
+        over = self._health.look(self._ranks.values(), now, self._clock.now())
         hang = self._health.hang
         if hang is not None and hang is not told:
             self._notice(standstill(hang))
@@ -739,15 +739,15 @@ class Writer:
             ray.get_runtime_context().current_actor.__ray_terminate__.remote()
 
     def _tell(self) -> None:
-        status = self.status()
+        status, now = self.status(), self._clock.now()
         for fired in self._reducer.fired() if self._reducer else ():
-            self._notifications.fire(fired, status, time.time())
-        self._notifications.look(status, time.time())
+            self._notifications.fire(fired, status, now)
+        self._notifications.look(status, now)
 
     def _tell_end(self) -> None:
         try:
             self._tell()
-            left = self._notifications.end(self.status(), time.time(), LARK_DEADLINE_S)
+            left = self._notifications.end(self.status(), self._clock.now(), LARK_DEADLINE_S)
         except Exception:  # this actor must end all the same
             stderr(traceback.format_exc())
         else:

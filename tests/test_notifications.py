@@ -154,6 +154,15 @@ def test_a_lost_rank_is_told_unless_the_run_ends_with_it(kept: Kept) -> None:
     assert kept.messages[0].text.en == "Rank 1 (node0, pid 101): lost. 1 other is running."
 
 
+def test_a_rank_that_comes_back_and_finishes_at_once_is_told(kept: Kept) -> None:
+    told = notifications(kept, posted=["start"])
+    for now in (0.0, GONE_GRACE_S + 1):
+        told.look(status(("running", "lost")), now)
+    for now in (50.0, 60.0):
+        told.look(status(("running", "success")), now)
+    assert kept.titles() == ["Ranks are gone", "Ranks are back"]
+
+
 def test_many_ranks_that_are_gone_are_one_message(kept: Kept) -> None:
     told = notifications(kept, posted=["start"])
     states = ("running",) * 20 + ("lost",) * 30 + ("crashed",) * 10
