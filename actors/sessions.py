@@ -53,9 +53,10 @@ class Sessions:
         """Whether it had said goodbye to a job that is over."""
         return life in self._left
 
-    def lives(self) -> set[str]:
+    def lives(self) -> dict[int, str]:
         """The latest life of each rank of the last job."""
-        return {lives[-1].arrived.life for lives in self.present.values() if lives[-1].arrived is not None}
+        latest = {number: lives[-1].arrived for number, lives in self.present.items()}
+        return {number: arrived.life for number, arrived in latest.items() if arrived is not None}
 
     def go_on(self) -> None:
         """Another job goes on with the run: from now on what there was are accounts."""

@@ -130,7 +130,7 @@ class Writer:
         self._end: tuple[State, str | None] | None = None
         self._before_ns = 0  # when the run's job before this one had ended
         self._sessions = Sessions()
-        self._replaced: dict[str, Member | None] = {}  # lives in whose place others have come
+        self._replaced: dict[int, tuple[str, Member | None]] = {}  # the life of each rank whose place was taken last
         self._fenced = self._declined = False
         self._closed = threading.Event()
         self._born = time.monotonic()
@@ -281,7 +281,8 @@ class Writer:
                     self._on_disk.take(entry)
                     rank = self._ranks.get(entry.rank)
                     if rank is None or rank.hello.life != entry.life:
-                        rank = self._replaced.get(entry.life)
+                        life, rank = self._replaced.get(entry.rank, ("", None))
+                        rank = rank if life == entry.life else None
                     if rank is not None:
                         rank.durable = entry.seq + 1
                         rank.received = self._on_disk.events((entry.rank, entry.life))
@@ -329,9 +330,11 @@ class Writer:
             now = time.monotonic()
             known = self._ranks.get(hello.rank)
             if known is None or known.hello.life != hello.life:
-                declined = self._newcomers.decline(hello, self._ranks, hello.life in self._replaced, now)
+                replaced = self._replaced.get(hello.rank, ("", None))[0] == hello.life
+                declined = self._newcomers.decline(hello, self._ranks, replaced, now)
                 if declined is not None:
-                    self._note_declined(hello, declined)
+                    if declined.sentence and not replaced:
+                        self._note_declined(hello)
                     return declined
                 known = self._arrive(hello, known)
             elif known.state != "running":
@@ -349,18 +352,17 @@ class Writer:
         if self._sessions.has_left(hello.life):
             self._end = over.state, over.error  # nobody needs this writer
             raise RunEnded(self._run_id)  # the rank was there, and missed the answer to its goodbye
-        if hello.life in self._sessions.lives():
+        if self._sessions.lives().get(hello.rank) == hello.life:
             self._sessions.over = None  # it had not ended: all are judged again when this one has
             self._restore()
         else:
-            self._replaced |= dict.fromkeys(self._sessions.lives())
+            self._replaced |= {number: (life, None) for number, life in self._sessions.lives().items()}
             self._sessions.go_on()
 
-    def _note_declined(self, hello: Hello, declined: Declined) -> None:
-        who = f"{hello.host}, pid {hello.pid}"
-        stderr(f"rank {hello.rank} ({who}) is declined: {declined.sentence or 'its earlier process may still live'}")
-        if declined.sentence and not self._declined and hello.life not in self._replaced:
+    def _note_declined(self, hello: Hello) -> None:
+        if not self._declined:
             self._declined = True
+            who = f"{hello.host}, pid {hello.pid}"
             self._notice(
                 f"Another process ({who}) wants to report as rank {hello.rank} of this run, and may not: give each job "
                 "its own OBSERVER_RUN_ID, or check RANK and WORLD_SIZE."
@@ -369,11 +371,11 @@ class Writer:
     def _arrive(self, hello: Hello, earlier: Member | None) -> Member:
         self._restarts.awaited.discard(hello.rank)
         view = self._views.restart_rank(hello.rank, hello.life)
-        before = self._replaced.pop(hello.life, None)
-        rank = before or Member(hello, 0.0, view)
+        life, before = self._replaced.get(hello.rank, ("", None))
+        before = before if life == hello.life else None
+        account = self._sessions.accounts.get(hello.rank, (0, Counts()))
+        rank = before or Member(hello, 0.0, view, earlier=account)
         rank.since, rank.view = time.monotonic(), view
-        if before is None:
-            rank.earlier = self._sessions.accounts.get(hello.rank, (0, Counts()))
         if earlier is not None:
             sentence = self._restarts.note(earlier, self._ranks)
             if sentence is not None:
@@ -398,7 +400,7 @@ class Writer:
 
     def _replace(self, member: Member, why: str) -> None:
         """Another process has come in its place, or nobody will."""
-        self._replaced[member.hello.life] = member
+        self._replaced[member.hello.rank] = member.hello.life, member
         if member.state == "running":
             member.state, member.error, member.ended_ns = "lost", why, self._clock.now_ns()
             member.count_killed()
