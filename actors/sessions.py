@@ -58,10 +58,12 @@ class Sessions:
         latest = {number: lives[-1].arrived for number, lives in self.present.items()}
         return {number: arrived.life for number, arrived in latest.items() if arrived is not None}
 
-    def go_on(self) -> None:
-        """Another job goes on with the run: from now on what there was are accounts."""
+    def go_on(self) -> dict[int, str]:
+        """Another job goes on with the run; what there was are accounts. Returns :meth:`lives` until then."""
+        latest = self.lives()
         self.accounts |= {number: ledger(lives) for number, lives in self.present.items()}
         self.present = {}
+        return latest
 
 
 def same_place(summary: Summary, settings: ObserverSettings) -> bool:

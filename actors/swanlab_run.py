@@ -218,6 +218,11 @@ class SwanLabRun(Sink):
         self.closed.wait(max(0.0, self.left()))
 
 
+def _as_swanlab_names(text: str) -> str:
+    """SwanLab puts an underscore where a run id has other characters, in the names of its files."""
+    return re.sub(r"\W+", "_", text, flags=re.ASCII)
+
+
 def remove_run(directory: Path, log_dir: Path, run_id: str) -> None:
     """Remove a SwanLab run of ours from the disk, and from the local dashboard's index where it stands in it.
 
@@ -226,7 +231,9 @@ def remove_run(directory: Path, log_dir: Path, run_id: str) -> None:
     if directory.parent != log_dir or not directory.name.startswith("run-") or directory.is_symlink():
         return
     files = [path for path in directory.rglob("*") if not path.is_dir()]
-    if directory / f"run-{run_id}.swanlab" not in files and files:
+    ours = _as_swanlab_names(f"run-{run_id}")
+    records = [path for path in directory.glob("run-*.swanlab") if _as_swanlab_names(path.stem) == ours]
+    if files and not records:
         return
     shutil.rmtree(directory, ignore_errors=True)
     index = log_dir / "runs.swanlab"

@@ -356,16 +356,14 @@ class Writer:
             self._sessions.over = None  # it had not ended: all are judged again when this one has
             self._restore()
         else:
-            self._replaced |= {number: (life, None) for number, life in self._sessions.lives().items()}
-            self._sessions.go_on()
+            self._replaced |= {number: (life, None) for number, life in self._sessions.go_on().items()}
 
     def _note_declined(self, hello: Hello) -> None:
         if not self._declined:
             self._declined = True
-            who = f"{hello.host}, pid {hello.pid}"
             self._notice(
-                f"Another process ({who}) wants to report as rank {hello.rank} of this run, and may not: give each job "
-                "its own OBSERVER_RUN_ID, or check RANK and WORLD_SIZE."
+                f"Another process ({hello.host}, pid {hello.pid}) wants to report as rank {hello.rank}, and may not: "
+                "give each job its own OBSERVER_RUN_ID, or check RANK and WORLD_SIZE."
             )
 
     def _arrive(self, hello: Hello, earlier: Member | None) -> Member:
@@ -693,8 +691,7 @@ class Writer:
             last = max((rank.heard for rank in self._ranks.values()), default=self._born)
             if now - last < (min(self._settings.rank_timeout, FAILED_RANK_GRACE_S) if failed else patience):
                 return
-        over = self._sessions.over
-        if over is not None and not self._ranks:  # nobody came to go on with it
+        if (over := self._sessions.over) is not None and not self._ranks:  # nobody came to go on with it
             self._end = over.state, over.error
             return
         state, error = verdict(self._ranks, self._world_size)
