@@ -22,10 +22,12 @@ from swanlab_ray.actors.completions import TABLE
 from swanlab_ray.actors.limits import fit_config
 from swanlab_ray.actors.protocol import State
 from swanlab_ray.actors.settings import ObserverSettings, tidy_environment
-from swanlab_ray.actors.sink import FINISH_DEADLINE_S, Row, Sink, Stopped
+from swanlab_ray.actors.sink import FINISH_DEADLINE_S, Row, Sink, Stopped, brief
 from swanlab_ray.actors.tables import as_charts, as_texts
 from swanlab_ray.actors.thinning import Thinning
 
+OPEN_RETRY_S = (1.0, 30.0)
+"""First and longest pause between two attempts to open SwanLab's run."""
 CALL_SCALARS = {"local": 25, "offline": 100}
 """Given to SwanLab at once."""
 AHEAD_CALLS = {"local": 4, "offline": 1000}
@@ -71,6 +73,20 @@ class SwanLabRun(Sink):
 
     def _open(self) -> None:
         tidy_environment()
+        pause, told = OPEN_RETRY_S[0], False
+        while self._run is None:
+            try:
+                self._open_once()
+            except Exception as error:
+                if self._end is not None or self._stopped:
+                    raise
+                if not told:
+                    told = True
+                    self.notice(f"SwanLab's run cannot be opened ({brief(error)}); it is tried again until the end.")
+                self._wake.wait(pause)
+                pause = min(2 * pause, OPEN_RETRY_S[1])
+
+    def _open_once(self) -> None:
         import swanlab
 
         try:
@@ -88,6 +104,7 @@ class SwanLabRun(Sink):
             _count_stored(self._run._core, self._stored)
         except BaseException:
             self.run_dir = None
+            remove_run(directory, self._settings.log_dir, self._run_id)
             raise
 
     def _new_directory(self) -> Path:
@@ -107,7 +124,7 @@ class SwanLabRun(Sink):
             mode=self.mode,
             log_dir=Path(ours.log_dir),
             interactive=False,
-            project=Settings.Project(name=ours.project, workspace=ours.workspace),
+            project=Settings.Project(name=ours.project),  # the workspace is the cloud's
             experiment=Settings.Experiment(name=ours.experiment_name or self._run_id, description=ours.description),
             run=Settings.Run(id=self._run_id, resume="allow", dir=directory),
             # The monitor thread writes into the run file without a lock and damages it; it would also describe the

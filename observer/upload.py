@@ -142,14 +142,15 @@ def _settings(run: RunFiles, overrides: dict[str, object]) -> ObserverSettings:
     """The run's settings, as far as they say what is uploaded. Its journal may come from anywhere, so where it goes and
     with which key is said by the caller and this machine.
     """
-    known = {name: value for name, value in run.header.settings.items() if name in OF_THE_RUN}
+    told = run.header.settings
+    known = {name: told[name] for name in OF_THE_RUN if name in told and _is_valid(name, told[name])}
     ours: dict[str, object] = {"mode": "cloud", "log_dir": run.paths[0].parent, "run_id": None}
     settings = ObserverSettings(**(known | overrides | ours))
     if not settings.project:
         raise SettingsError(
             f"The project of run '{run.run_id}' cannot be read from its journal: name it with --project."
         )
-    before = run.header.settings.get("api_host") or run.header.settings.get("web_host")
+    before = told.get("api_host") or told.get("web_host")
     if before and settings.api_host is None and settings.web_host is None:
         here = find_account(settings).api_host
         if not same_host(str(before), here):
@@ -158,6 +159,15 @@ def _settings(run: RunFiles, overrides: dict[str, object]) -> ObserverSettings:
                 f"is for {here}: say with --host which of them gets the run, and the key."
             )
     return settings
+
+
+def _is_valid(name: str, value: object) -> bool:
+    """Whether a setting that a journal tells of, of another version perhaps, is one here."""
+    try:
+        ObserverSettings(**{name: value, "run_id": None})
+    except SettingsError:
+        return False
+    return True
 
 
 class _Upload:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import swanlab
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from swanlab.sdk.internal.pkg import constraints
@@ -194,6 +195,30 @@ def test_what_raises_at_one_row_costs_no_other(
     assert set(run.finish()["x"]) == {0, 1, 3, 4}
     assert (run.sink.written, run.sink.withheld, len(run.notices)) == (4, 1, 1)
     assert "what was logged at step 2 (KeyError: 'of another version')" in run.notices[0]
+
+
+def test_a_run_that_cannot_be_opened_at_first_is_complete_in_the_end(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swanlab_run, "OPEN_RETRY_S", (0.05, 0.1))
+    real, failed = swanlab.init, []
+
+    def init(**values: Any) -> Any:
+        if len(failed) < 3:
+            (tmp_path / values["settings"].run.dir / "media").mkdir(parents=True)  # as SwanLab leaves it behind
+            failed.append(values)
+            raise OSError("No space left on device")
+        return real(**values)
+
+    monkeypatch.setattr(swanlab, "init", init)
+    run = Delivered("offline", tmp_path, cloud)
+    for step in range(5):
+        run.write(step, {"x": 1.0})
+    wait_until(lambda: run.sink.written == 5)
+    assert run.finish() == {"x": dict.fromkeys(range(5), 1.0)}
+    assert run.notices == [
+        "SwanLab's run cannot be opened (OSError: No space left on device); it is tried again until the end."
+    ]
 
 
 def test_a_step_that_comes_again_is_not_counted_as_written(tmp_path: Path, cloud: SwanLabCloud) -> None:
