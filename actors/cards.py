@@ -13,6 +13,8 @@ from swanlab_ray.actors.text import harmless, one_line
 
 BYTES = 19_500
 """Of a card; a group takes messages of 20,000, with the signature."""
+PART_BYTES = 6_000
+"""Of each of its texts, in one language: nobody reads more on a telephone."""
 LINK_BYTES = 2_000
 CUT = " […] "
 """Stands where something was cut out."""
@@ -60,8 +62,8 @@ class Message:
 
 
 def card(message: Message, times: int = 1) -> dict[str, Any]:
-    """The card of a message that came so many times. Where a group would not take it, its longest parts are cut."""
-    most = BYTES
+    """The card of a message that came so many times. Its long parts are cut, so that a group takes it."""
+    most = PART_BYTES
     while len(encoded(made := _card(_shortened(message, most), times))) > BYTES:
         most = most * 3 // 4
     return made

@@ -16,8 +16,6 @@ START_PATIENCE_S = 60.0
 """How long the first message waits for all ranks, and for SwanLab to say where the run is."""
 GONE_GRACE_S = 20.0
 """How long a rank is gone before that is told: mostly the run ends with it, and one message is enough."""
-TEXT = 2000
-"""Characters of a text; a group takes no message of more than some 20,000 bytes."""
 STRAGGLER_S = 60.0
 """How long the others must have waited for the same rank in the same phase."""
 
@@ -151,7 +149,7 @@ class Notifications:
         self._tell_start(status, now, at_last=True)
         text = Words(standstill(hang), f"已有 {duration(hang.seconds)} 没有任何进程前进。{hang.text}")
         title = Words("Training hangs", "训练卡住")
-        self._tell(f"hang {hang.number}", title, "red", status, now, text, hang.stacks[:TEXT])
+        self._tell(f"hang {hang.number}", title, "red", status, now, text, hang.stacks)
 
     def _tell_gone(self, status: WriterStatus, now: float) -> None:
         """Ranks that were lost, or have failed, while others go on."""
@@ -225,8 +223,8 @@ class Notifications:
             title=Words(*(f"{words} · {status.experiment or status.run_id}" for words in title)),
             color=color,
             facts=self._facts(status, now),
-            text=Words(*(words[:TEXT] for words in text)) if text else None,
-            code=code[-TEXT:],
+            text=text,
+            code=code,
             link=status.url,
             footer=f"SwanLab · swanlab-ray · {status.run_id}",
         )

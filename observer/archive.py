@@ -392,8 +392,8 @@ def _places(run: Run) -> Iterator[str]:
     else:
         directory = run.files.paths[0].parent
         yield (
-            f"  no writer took this run: its {summary.events} events lie in {spools} spool file{'s' * (spools != 1)} of "
-            f"its ranks, {_size(summary.size)}, {directory}; "
+            f"  no writer took this run: its {summary.events} events lie in {spools} spool file{'s' * (spools != 1)} "
+            f"of its ranks, {_size(summary.size)}, {directory}; "
             f"upload them with: swanlab-ray sync {shlex.quote(str(directory))}"
         )
     if run.files.ambiguous:
