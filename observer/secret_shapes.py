@@ -176,9 +176,12 @@ def _without_values(text: str, naming: re.Pattern[str], valued: re.Pattern[str])
         if how is Sensitivity.NONE:
             continue
         value = valued.match(text, at, len(text) if how is Sensitivity.SECRET else at + 4_096)
-        if value is None or value[0] in _NOTHING or not hides(how, value[0].strip("\"'")):
+        if value is None:
             continue
-        kept += (text[copied:at], MASK)
+        bare = value[0].strip("\"'")
+        if value[0] in _NOTHING or not hides(how, bare):
+            continue
+        kept += (text[copied:at], value[0].replace(bare, MASK))  # in its quotes: it may be YAML, or JSON
         at = copied = value.end()
     return "".join((*kept, text[copied:]))
 

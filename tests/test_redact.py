@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr
@@ -377,6 +378,14 @@ READABLE: dict[str, Any] = {
 @pytest.mark.parametrize("name", READABLE)
 def test_a_hyperparameter_stays_readable(name: str) -> None:
     assert plain({name: READABLE[name]}) == {name: READABLE[name]}
+
+
+@pytest.mark.parametrize("text", ["api_key: 's-1'", 'api_key: "s-1"', "api_key: s-1", '{"api_key": "s-1", "lr": 1}'])
+def test_masking_twice_is_masking_once_and_keeps_quotes(text: str) -> None:
+    assert masked(text) == text.replace("s-1", "***")
+    assert masked(masked(text)) == masked(text)
+    written = yaml.safe_dump(plain({"lark_secret": "x", "url": "https://a:b@c", "lr": 0.1}))
+    assert yaml.safe_load(masked(written)) == yaml.safe_load(written)
 
 
 def test_sentences_stay_readable() -> None:

@@ -87,7 +87,7 @@ def leaking() -> None:
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (RuntimeError("login(api_key='s3cr3t-9') failed"), "RuntimeError: login(api_key=***) failed"),
+        (RuntimeError("login(api_key='s3cr3t-9') failed"), "RuntimeError: login(api_key='***') failed"),
         (OSError("GET https://me:s3cr3t-9@host/x?token=s3cr3t-9"), "OSError: GET https://***@host/x?token=***"),
         (ValueError("Bearer s3cr3t-0123456789"), "ValueError: Bearer ***"),
         (SystemExit("--password s3cr3t-9 is wrong"), "sys.exit('--password *** is wrong')"),
