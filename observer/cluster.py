@@ -104,16 +104,30 @@ def _scripts_own(ranks: int) -> Cluster | None:
     initialised = getattr(ray, "is_initialized", None)  # it may be half imported
     if initialised is None or not initialised():
         return None
-    node = getattr(sys.modules.get("ray._private.worker"), "_global_node", None)
-    if ranks > 1 and getattr(node, "head", False):
-        raise NoCluster(
-            f"This rank's script has started a Ray cluster inside its process, where the other {ranks - 1} cannot "
-            "report: give ray.init the address of a cluster that all ranks share."
-        )
     with sharing.using_ray():
+        if ranks > 1 and _is_inside_alone():
+            raise NoCluster(
+                f"This rank's script has started a Ray cluster inside its process, where the other {ranks - 1} do not "
+                "report: give ray.init the address of a cluster that all ranks share."
+            )
         address = ray.get_runtime_context().gcs_address
         sharing.share(ray)
         return Cluster(address, ours=False, connection=sharing.claim(ours=False))
+
+
+def _is_inside_alone() -> bool:
+    """Whether the cluster is one that this process has started, and no other process has joined yet.
+
+    Each rank with a cluster of its own would have a writer of its own, and these would fight for the run.
+    """
+    from ray._private import state, worker
+
+    if not getattr(getattr(worker, "_global_node", None), "head", False):
+        return False
+    try:
+        return all(job["IsDead"] or job["DriverPid"] == os.getpid() for job in state.jobs())
+    except Exception:  # another Ray
+        return False
 
 
 def _speaks_no_ray(address: str) -> str | None:
@@ -264,7 +278,7 @@ def _join(
                 )
         except Exception as error:
             sharing.speak()
-            raise NoCluster(f"The Ray cluster at '{address}' refused this process: {_brief(error)}") from error
+            raise NoCluster(f"The Ray cluster at '{address}' could not be joined: {_brief(error)}") from error
         return Cluster(address, ours=True, connection=sharing.claim(ours=True), directory=directory)
 
 

@@ -88,7 +88,7 @@ def leave_private(directory: Path, over: bool = False) -> None:
     if over:
         with suppress(OSError):
             (directory / "over").touch(mode=0o600)
-    descriptor = _held.pop(directory / "alive", None)
+    descriptor = _held.pop((os.getpid(), directory / "alive"), None)
     if descriptor is not None:
         release_lock(descriptor)
 
@@ -222,11 +222,12 @@ def _authentication() -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-_held: dict[Path, int] = {}
+_held: dict[tuple[int, Path], int] = {}
+"""By process, since a fork's child has the descriptors and not the locks."""
 
 
 def _hold(path: Path) -> None:
     """Hold the lock until this process ends; opened once, since closing any other descriptor would release it."""
-    descriptor = _held.get(path)
+    descriptor = _held.get((os.getpid(), path))
     if descriptor is None or not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
-        _held[path] = hold_lock(str(path))
+        _held[os.getpid(), path] = hold_lock(str(path))

@@ -647,7 +647,8 @@ def _after_fork() -> None:
     workers.after_fork()
     if observer is not None and not isinstance(observer, DisabledObserver):
         observer._forked()
-        shutdown = getattr(sys.modules.get("ray"), "shutdown", None)  # it may be half imported
+        # It may be half imported. Not ray.shutdown, which is ours perhaps (see sharing) and is not what Ray registered.
+        shutdown = getattr(sys.modules.get("ray._private.worker"), "shutdown", None)
         if shutdown is not None:
             atexit.unregister(shutdown)  # it would wait for threads that only the parent has
 

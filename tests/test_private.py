@@ -330,6 +330,27 @@ def test_a_keeper_that_never_publishes_is_ended(
     assert other_process[0].wait(60) == -9
 
 
+def test_leaving_a_cluster_lets_it_end(places: list[Path]) -> None:
+    """While others, a fork's child included, hold their own locks; and a process may come back."""
+    alive = directories.directory_for("run") / "alive"
+    private._hold(alive)
+    private._hold(alive)
+    assert not nobody_holds(str(alive))
+    child = os.fork()
+    if child == 0:
+        private._hold(alive)  # its own
+        private.leave_private(alive.parent)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not nobody_holds(str(alive))
+    private.leave_private(alive.parent, over=True)
+    assert nobody_holds(str(alive))
+    assert (alive.parent / "over").exists()
+    private._hold(alive)
+    assert not nobody_holds(str(alive))
+    private.leave_private(alive.parent)
+
+
 def test_a_cluster_in_a_file_system_without_sockets_is_not_tried(
     places: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from swanlab_ray.actors.writer import RunEnded
-from swanlab_ray.observer import guards, link, sharing
+from swanlab_ray.observer import cluster, guards, link, session, sharing
 from tests.conftest import Launch
 
 
@@ -171,6 +172,45 @@ def test_a_forked_child_waits_for_nobody(ray: Any) -> None:
     over.set()
     observer.join(30)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_fork_s_end_does_not_wait_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray does at a process's exit waits for threads that the child does not have."""
+    import ray
+
+    for name in ("init", "is_initialized", "shutdown"):
+        monkeypatch.setattr(ray, name, getattr(ray, name))
+    for name, value in {"_shutdown": None, "_forked_with_ray": False}.items():
+        monkeypatch.setattr(sharing, name, value)
+    registered_by_ray = ray.shutdown
+    sharing.share(ray)
+    unregistered: list[Any] = []
+    monkeypatch.setattr(atexit, "unregister", unregistered.append)
+    monkeypatch.setattr(session, "_current", SimpleNamespace(_forked=lambda: None))
+    session._after_fork()
+    assert registered_by_ray in unregistered
+
+
+@pytest.mark.parametrize(
+    ("head", "jobs", "alone"),
+    [
+        (True, [("us", False)], True),
+        (True, [("us", False), ("another", True)], True),
+        (True, [("us", False), ("another", False)], False),
+        (False, [("us", False)], False),
+    ],
+)
+def test_a_cluster_inside_one_rank_is_no_place_for_the_others(
+    head: bool, jobs: list[tuple[str, bool]], alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until one of them has joined it."""
+    from ray._private import state, worker
+
+    pids = {"us": os.getpid(), "another": 1}
+    listed = [{"DriverPid": pids[who], "IsDead": dead} for who, dead in jobs]
+    monkeypatch.setattr(worker, "_global_node", SimpleNamespace(head=head))
+    monkeypatch.setattr(state, "jobs", lambda: listed)
+    assert cluster._is_inside_alone() is alone
 
 
 def test_a_raylet_that_does_not_listen_is_not_joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
