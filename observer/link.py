@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -283,14 +284,14 @@ class RayLink:
 
 def _broken(error: Exception) -> LinkBroken:
     """What an exception means here. Ray raises that of the writer as its own kind, with the cause."""
-    from swanlab_ray.actors.writer import RunEnded
-
-    cause = getattr(error, "cause", None)
-    told = cause if isinstance(cause, Exception) else error
-    if isinstance(told, RunEnded):
-        return RunOver(_brief(told))
     if isinstance(error, cluster.NoCluster):
         return LinkBroken(str(error))
+    # Not imported for this: it brings Ray, which must find its environment. Who raises it has it.
+    ended = getattr(sys.modules.get("swanlab_ray.actors.writer"), "RunEnded", ())
+    cause = getattr(error, "cause", None)
+    told = cause if isinstance(cause, Exception) else error
+    if isinstance(told, ended):
+        return RunOver(_brief(told))
     if _cannot_start(error):
         return LinkBroken(
             "The cluster's head, where the writer runs, has no swanlab-ray, or another version of it: install it there "
