@@ -39,6 +39,10 @@ class Refused(CloudError):
     """The cloud, or its client, does not take a request for what is in it."""
 
 
+class ServerError(CloudError):
+    """The cloud has answered with 5xx: it is out of order, or stumbles over what is in the request."""
+
+
 class NoKey(CloudError):
     """There is no API key on this machine; waiting does not bring one."""
 
@@ -303,7 +307,7 @@ def _problem(error: Exception) -> CloudError:
 
 
 def _answered(reason: str, status: int | None) -> CloudError:
-    kind = Refused if status in REFUSING else CloudError
+    kind = Refused if status in REFUSING else ServerError if status and status >= 500 else CloudError
     return kind(f"HTTP {status}: {reason}" if status and str(status) not in reason else reason)
 
 

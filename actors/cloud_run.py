@@ -4,6 +4,7 @@ the journal how far it is. What the cloud may have already is asked for before a
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -26,6 +27,8 @@ AWAY_PATIENCE_S = 10.0
 AWAY_S = 30.0
 KEY_PATIENCE_S = 5.0
 """How long it is not said that there is no API key: a rank may have one."""
+PERSISTENT = 4
+"""After so many failures of the same rows they may be to blame, if the cloud takes others."""
 
 
 class CloudRun(Sink):
@@ -101,7 +104,8 @@ class CloudRun(Sink):
                 break
         missing = self._until_it_works(lambda: [row for row in map(self._missing, rows) if row.values or row.table])
         if missing:
-            withheld = self._until_it_works(lambda: self._delivery.deliver(missing))
+            attempts = itertools.count()
+            withheld = self._until_it_works(lambda: self._delivery.deliver(missing, next(attempts) > PERSISTENT))
             scalars -= withheld.scalars
             self.withheld += withheld.scalars
             self.completions_lost += withheld.completions

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from swanlab_ray.actors.cloud import CloudError, CloudExperiment, Point, Refused
+from swanlab_ray.actors.cloud import CloudError, CloudExperiment, Point, Refused, ServerError
 from swanlab_ray.actors.limits import Limits, shown
 from swanlab_ray.actors.sink import Row
 
@@ -41,16 +41,21 @@ class Delivery:
         self._refused: set[str] = set()
         self._suspects: set[str] = set()
         """Names of which one value was refused, the only one there was then."""
+        self._blame = False
         self._known_name: str | None = None
         self._known_point: Point | None = None
         """What the cloud has taken, to ask whether it takes anything."""
 
-    def deliver(self, rows: list[Row]) -> Withheld:
+    def deliver(self, rows: list[Row], blame: bool = False) -> Withheld:
         """Send rows; what the cloud refuses is remembered, told and counted.
+
+        Args:
+            blame: take answers of 5xx for refusals, since these rows have failed again and again.
 
         Raises:
             CloudError: the cloud cannot be used at present; the rows may be sent again.
         """
+        self._blame = blame
         points = [Point(key, row.step, row.time_ns, value) for row in rows for key, value in row.values.items()]
         self._make_series(list(dict.fromkeys(point.key for point in points)))
         asked = [point for point in points if point.key not in self._refused]
@@ -130,6 +135,8 @@ class Delivery:
         """
         if not items:
             return {}
+        if self._blame:
+            send = _blaming(send)
         try:
             send(items)
         except Refused as error:
@@ -152,6 +159,16 @@ class Delivery:
             send([known])
         except Refused as error:
             raise CloudError(str(error)) from error
+
+
+def _blaming(send: Send) -> Send:
+    def blaming(items: list[Any]) -> None:
+        try:
+            send(items)
+        except ServerError as error:
+            raise Refused(str(error)) from error
+
+    return blaming
 
 
 def _halve(send: Send, items: list[Any], error: Refused) -> dict[Any, Refused]:

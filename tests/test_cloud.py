@@ -207,6 +207,29 @@ def test_a_name_that_the_server_refuses_is_not_sent_again(tmp_path: Path, cloud:
     assert requests < 15 * 2 + 30
 
 
+def test_a_name_over_which_the_server_stumbles_holds_up_nothing(
+    tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers with 500 again and again, to this name only."""
+    real = cloud._metrics
+
+    def stumbling(body: Any, headers: Any) -> tuple[int, Any]:
+        bad = any(metric["key"] == "rank/1/x" and metric["index"] >= 10 for metric in body["metrics"])
+        return (500, {"message": "oops"}) if bad else real(body, headers)
+
+    job = Job(tmp_path)
+    job.log(range(10))
+    job.delivered(80)
+    monkeypatch.setattr(cloud, "_metrics", stumbling)
+    job.log(range(10, 30))
+    status = job.finish()
+    whole = expected(range(30))
+    whole["rank/1/x"] = {step: value for step, value in whole["rank/1/x"].items() if step < 10}
+    assert cloud.only().points == whole
+    assert (status.written, status.withheld) == (220, 20)
+    assert cloud.only().state == "FINISHED"
+
+
 @pytest.mark.parametrize("before", [True, False], ids=["later", "from the start"])
 def test_a_gateway_that_refuses_everything_for_a_while_marks_no_name(
     tmp_path: Path, cloud: SwanLabCloud, before: bool

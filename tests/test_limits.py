@@ -201,7 +201,8 @@ def test_a_run_that_cannot_be_opened_at_first_is_complete_in_the_end(
     tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(swanlab_run, "OPEN_RETRY_S", (0.05, 0.1))
-    real, failed = swanlab.init, []
+    real = swanlab.init
+    failed: list[Any] = []
 
     def init(**values: Any) -> Any:
         if len(failed) < 3:
