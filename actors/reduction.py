@@ -90,6 +90,7 @@ class Reduction:
         self._passed_lives: dict[int, str] = {}  # the same, with the passes of a training that went back kept apart
         self._running: set[int] = set()
         self._arrived: set[int] = set()
+        self._left: set[int] = set()  # ranks of a job that is over, unless one of them comes back
         self._again: set[int] = set()  # ranks whose present life has not logged yet
         self._world_size = 0
         self._next_tick = 0.0
@@ -136,13 +137,14 @@ class Reduction:
             case Returned():
                 if self._lives.get(entry.rank) == entry.life:
                     self._running.add(entry.rank)
+                    self._arrived |= self._left
                     self._members_changed()
             case Tick():
                 self._tick(self._clock.read(entry.time_ns))
             case Finished():
                 self.flush()
                 self._running.clear()
-                self._arrived.clear()
+                self._left, self._arrived = self._arrived, set()
 
     def flush(self) -> None:
         """Write what still waits: there are no more entries."""
@@ -308,6 +310,7 @@ class Reduction:
         earlier = self._lives.get(arrived.rank)
         if earlier == arrived.life and arrived.rank in self._running:
             return
+        self._left = set()
         self._lives[arrived.rank] = arrived.life
         self._passed_lives.pop(arrived.rank, None)
         self._passes.restart_rank(arrived.rank)

@@ -18,7 +18,7 @@ from swanlab_ray.actors import on_disk
 from swanlab_ray.actors.history import Damaged, entries
 from swanlab_ray.actors.journal import Disk, journal_files
 from swanlab_ray.actors.protocol import SCALARS, USER, Counted, Goodbye, encode_batch
-from swanlab_ray.actors.records import Arrived, Batch, Ended, Finished, Tick
+from swanlab_ray.actors.records import Arrived, Batch, Ended, Finished, Returned, Tick
 from swanlab_ray.actors.reduction import Reduction
 from swanlab_ray.actors.seen import Numbers
 from swanlab_ray.actors.tables import Table
@@ -417,6 +417,22 @@ def test_ranks_that_come_back_after_the_end_are_reduced_together() -> None:
     for number in range(2):
         rows.log(number, f"a{number}", 1, 1.0 + 10 * number)
     assert rows.means == {0: [1.0], 1: [6.0]}
+
+
+def test_a_rank_that_comes_back_after_the_end_waits_for_nobody() -> None:
+    """Its peers have finished, and nobody else is expected."""
+    rows = Rows()
+    for number in range(2):
+        rows.arrive(number, f"a{number}")
+        rows.log(number, f"a{number}", 0, 1.0)
+    rows.reduction.take(Ended(rank=0, life="a0", state="success", ended_ns=0))
+    rows.reduction.take(Ended(rank=1, life="a1", state="lost", ended_ns=0))
+    rows.reduction.take(Finished(state="crashed"))
+    rows.reduction.take(Returned(rank=1, life="a1"))
+    assert not rows.reduction.waiting
+    for step in range(1, 5):
+        rows.log(1, "a1", step, 5.0)
+    assert rows.means.keys() >= {1, 2, 3}
 
 
 def test_a_rank_that_is_restarted_waits_for_the_others() -> None:
