@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from pydantic import SecretStr
 
 from swanlab_ray.actors import newcomers as newcomers_module
@@ -35,7 +36,8 @@ from swanlab_ray.actors.version import package_version
 from swanlab_ray.actors.writer import RunEnded, Writer
 from swanlab_ray.observer import archive
 from swanlab_ray.observer import channel as channel_module
-from swanlab_ray.observer.identity import Launch
+from swanlab_ray.observer.identity import Identity, Launch
+from swanlab_ray.observer.link import LinkBroken, RayLink
 from swanlab_ray.observer.session import Observer
 from swanlab_ray.observer.values import encode
 from tests.conftest import wait_until
@@ -613,7 +615,34 @@ def test_a_rank_s_key_is_used_where_the_writer_has_none(tmp_path: Path, monkeypa
         assert cloud.only().points == {"x": {0: 1.0}}
 
 
+def test_a_hello_holds_no_secret(tmp_path: Path) -> None:
+    """It stands in logs and errors; the key travels in a call of its own."""
+    key = "a-key-that-nobody-reads"
+    cluster = Cluster(settings_for(tmp_path, api_key=key))
+    observer = rank(cluster, Link(cluster))
+    hello = observer._channel._hello(0)
+    assert hello.settings is not None
+    assert hello.settings["project"] == "p"
+    assert key not in repr(hello) + str(hello.settings)
+    assert observer.finish()
+
+
 # The actor itself.
+
+
+def test_the_writer_of_a_run_that_has_just_ended_is_waited_out_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name still leads to it for a moment. One that dies for longer is told of."""
+    link = RayLink(settings_for(tmp_path), Identity(0, 1, 0, 1))
+    error = LinkBroken("ActorDiedError: The actor died unexpectedly before finishing this task.")
+    error.__cause__ = ray.exceptions.ActorDiedError()
+    assert link._is_ending(error)
+    monkeypatch.setattr("swanlab_ray.observer.link.DYING_S", 0.0)
+    assert not link._is_ending(error)
+    other = LinkBroken("no route to host")
+    other.__cause__ = OSError()
+    assert not link._is_ending(other)
 
 
 def test_the_actor_ends_whatever_fails_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
