@@ -15,9 +15,13 @@ from pathlib import Path
 import pytest
 
 from swanlab_ray.actors.locks import hold_lock
+from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer import notices
+from swanlab_ray.observer.identity import Identity
+from swanlab_ray.observer.session import Observer
 from tests import forked
 from tests.forked import ForkedProcess
+from tests.shaky_link import ShakyLink
 
 # One tested way to run here: no hub, no telemetry, no auth on clusters that listen on this machine only.
 os.environ.update(
@@ -140,6 +144,21 @@ def dashboard(in_cluster: SharedCluster) -> Iterator[SharedCluster]:
     """The shared cluster, which still has its dashboard. It takes a fifth of a core, so it ends with the test."""
     yield in_cluster
     (in_cluster.directory / "no dashboard").touch()
+
+
+@pytest.fixture
+def link() -> ShakyLink:
+    """A connection that can fail."""
+    return ShakyLink()
+
+
+@pytest.fixture
+def observer(link: ShakyLink, tmp_path: Path) -> Iterator[Observer]:
+    """The only rank of a job, which reports through it."""
+    settings = ObserverSettings(project="p", mode="offline", log_dir=tmp_path)
+    observer = Observer(settings, Identity(0, 1, 0, 1), link)
+    yield observer
+    observer.finish(timeout=1)
 
 
 @dataclass(frozen=True)

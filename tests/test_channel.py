@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,9 @@ from swanlab_ray.actors.protocol import (
     SCALARS,
     USER,
     Ack,
-    Beat,
     Completions,
-    Farewell,
-    Goodbye,
     Hello,
     Scalars,
-    WriterStatus,
     decode_batch,
 )
 from swanlab_ray.actors.records import Batch
@@ -35,86 +30,12 @@ from swanlab_ray.observer import session as session_module
 from swanlab_ray.observer import spool as spool_module
 from swanlab_ray.observer.channel import Channel
 from swanlab_ray.observer.identity import Identity
-from swanlab_ray.observer.link import LinkBroken
 from swanlab_ray.observer.pulse import Pulse
 from swanlab_ray.observer.session import Observer
 from swanlab_ray.observer.spans import SpanLog
 from swanlab_ray.observer.values import encode
 from tests.conftest import wait_until
-
-
-class ShakyLink:
-    """Takes batches like the writer does, and fails when told to."""
-
-    run_id: str | None = "shaky"
-    deadline = 0.0
-
-    def __init__(self) -> None:
-        self.taken: list[Any] = []
-        self.next_seq = 0
-        self.down = False
-        self.mute = False
-        self.full = False
-        self.lose_acks = 0
-        self.hellos: list[Hello] = []
-        self.beats: list[Beat] = []
-        self.goodbyes: list[Goodbye] = []
-
-    def open(self, hello: Hello) -> Ack:
-        if self.down:
-            raise LinkBroken("it is down")
-        self.hellos.append(hello)
-        self.next_seq = max(self.next_seq, hello.next_seq)
-        return self.ack()
-
-    def ack(self) -> Ack:
-        return Ack(self.next_seq, self.next_seq, 0.01, [])
-
-    def ingest(self, rank: int, life: str, seq: int, events: int, batch: bytes) -> Any:
-        if self.down:
-            raise LinkBroken("it is down")
-        if seq == self.next_seq and not self.full:
-            self.next_seq += 1
-            self.taken += decode_batch(batch)[0]
-        return self.ack()
-
-    def acknowledged(self, reference: Any, wait: float) -> Ack | None:
-        if self.lose_acks:
-            self.lose_acks -= 1
-            raise LinkBroken("the ack is lost")
-        return None if self.mute else reference
-
-    def beat(self, beat: Beat) -> Any:
-        self.beats.append(beat)
-        return True
-
-    def beaten(self, reference: Any) -> Ack | bool | None:
-        return None if self.mute else self.ack()
-
-    def goodbye(self, goodbye: Goodbye, wait: float) -> Farewell:
-        self.goodbyes.append(goodbye)
-        return Farewell(True, [])
-
-    def wait_closed(self, deadline: float) -> WriterStatus | None:
-        return None
-
-    def close(self) -> None: ...
-
-    def steps(self) -> list[int]:
-        return [event.step for event in self.taken if isinstance(event, Scalars)]
-
-
-@pytest.fixture
-def link() -> ShakyLink:
-    return ShakyLink()
-
-
-@pytest.fixture
-def observer(link: ShakyLink, tmp_path: Path) -> Iterator[Observer]:
-    settings = ObserverSettings(project="p", mode="offline", log_dir=tmp_path)
-    observer = Observer(settings, Identity(0, 1, 0, 1), link)
-    yield observer
-    observer.finish(timeout=1)
+from tests.shaky_link import ShakyLink
 
 
 def test_events_arrive_once_and_in_order(link: ShakyLink, observer: Observer) -> None:

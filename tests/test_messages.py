@@ -21,7 +21,7 @@ from swanlab_ray.observer import notices
 from swanlab_ray.observer.identity import Identity
 from swanlab_ray.observer.session import Observer
 from tests.conftest import environment
-from tests.test_channel import ShakyLink
+from tests.shaky_link import ShakyLink
 
 
 def full() -> int:

@@ -25,7 +25,7 @@ from swanlab_ray.observer.identity import Identity
 from swanlab_ray.observer.session import Observer
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
-from tests.test_channel import ShakyLink
+from tests.shaky_link import ShakyLink
 
 
 class Hostile:
@@ -93,19 +93,6 @@ VALUES = st.recursive(
 STEPS = st.one_of(
     st.none(), st.integers(0, 2**65), st.integers(), st.sampled_from(["7", 1.5, Hostile(), [], np.int64(4), True])
 )
-
-
-@pytest.fixture
-def link() -> ShakyLink:
-    return ShakyLink()
-
-
-@pytest.fixture
-def observer(link: ShakyLink, tmp_path: Path) -> Iterator[Observer]:
-    settings = ObserverSettings(project="p", mode="offline", log_dir=tmp_path)
-    observer = Observer(settings, Identity(0, 1, 0, 1), link)
-    yield observer
-    observer.finish(timeout=1)
 
 
 def arrived(link: ShakyLink) -> dict[str, float]:
