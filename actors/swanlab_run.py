@@ -65,7 +65,7 @@ class SwanLabRun(Sink):
         self._replaced = replaced
         self._run: Any = None
         self._handed = 0  # scalars that SwanLab was given
-        self._restarted = False
+        self._restarted = self._told = False
         self._pace = _Pace()
         self._thinning = Thinning(self._lose)
         self.waits = settings.mode != "local"  # the local dashboard is for looking at now, and takes little
@@ -152,6 +152,12 @@ class SwanLabRun(Sink):
         self._waiting += row.weight
         if self._waiting > bound:
             self._waiting = self._thinning.thin(self._rows, bound)
+            if not self._told:
+                self._told = True
+                self.notice(
+                    "More is logged than SwanLab's local mode can write: it gets fewer points of each series, evenly; "
+                    "the journal has all."
+                )
 
     def _closing(self) -> float:
         """As long as SwanLab needs for what it was given, at its pace."""

@@ -264,6 +264,7 @@ def test_what_local_mode_cannot_take_is_thinned_evenly_and_closed_in_time(
     assert run.sink.written == written
     assert run.sink.written + run.sink.thinned == 400 * 10 + 8
     assert run.sink.thinned > 2000
+    assert ["gets fewer points of each series" in notice for notice in run.notices] == [True]
     for name in (f"layer{n}" for n in range(10)):
         steps = sorted(points[name])
         assert steps[0] < 10
