@@ -496,6 +496,20 @@ def test_what_a_rank_said_of_its_end_is_on_the_same_scale(tmp_path: Path) -> Non
     assert run.end()[1] == "rank 1 (host1, pid 101): ValueError: boom"
 
 
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_the_writer_s_clock_is_set_between_two_failures(
+    hours: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Told(tmp_path, 3, rank_timeout=1.0)
+    for number in range(3):
+        run.welcome(number, sent_ns=time.time_ns())
+    run.goodbye(1, "crashed", "ValueError: boom", sent_ns=time.time_ns())
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() + hours * HOUR_NS)
+    run.goodbye(2, "crashed", "connection closed by peer", time_ns=real(), sent_ns=real())
+    assert run.end()[1] == "rank 1 (host1, pid 101): ValueError: boom"  # rank 0 is lost
+
+
 def test_the_writer_s_time_never_goes_back() -> None:
     unix, monotonic = [10 * HOUR_NS], [5]
     clock = Timeline(0, lambda: unix[0], lambda: monotonic[0])
