@@ -308,6 +308,9 @@ def test_a_script_that_uses_ray_after_connect_has_its_own(launch: Launch) -> Non
                 return int(ray.cluster_resources()["CPU"])
 
             assert not ray.is_initialized()
+            from swanlab_ray.observer.keeper import be_patient, leave_out_what_idles
+            be_patient()  # this machine may need longer to start a node than Ray waits
+            leave_out_what_idles(dashboard=False)
             ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
             print("task", ray.get(cpus.remote(), timeout=600))
             observer.log({"x": 1.0}, step=1)
