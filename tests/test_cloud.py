@@ -49,7 +49,7 @@ class Job:
 
     def __init__(self, log_dir: Path, **values: Any) -> None:
         self.log_dir = log_dir
-        self.cluster = Cluster(settings_for(log_dir, mode="cloud", **values))
+        self.cluster = Cluster(settings_for(log_dir, **({"mode": "cloud"} | values)))
         self.observers = self.ranks()
 
     def ranks(self) -> list[Observer]:
@@ -636,13 +636,10 @@ def test_a_run_that_cannot_be_uploaded_costs_no_other(
     tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One journal of several names a strange host."""
-    foreign = Job(tmp_path / "a", api_host="http://127.0.0.1:9", run_id="foreign")
-    own = Job(tmp_path / "b", api_host=cloud.url, run_id="own")
-    for job in (foreign, own):
-        job.observers[0].log({"x": 1.0}, 0)
-        job.observers[0].flush(20)
-        job.cluster.kill()
-    cloud.experiments.clear()
+    for run_id, host in (("foreign", "http://127.0.0.1:9"), ("own", cloud.url)):
+        job = Job(tmp_path / run_id, mode="offline", api_host=host, run_id=run_id)
+        job.log(range(3))
+        job.finish()
     monkeypatch.setenv("SWANLAB_API_HOST", "")
     monkeypatch.setenv("SWANLAB_WEB_HOST", "")
     monkeypatch.setenv("SWANLAB_ROOT", str(tmp_path / "root"))
