@@ -218,7 +218,7 @@ def detach(cluster: Cluster, over: bool = False) -> None:
     try:
         with sharing.using_ray(cluster.connection):
             if cluster.ours:
-                sharing.leave()
+                sharing.leave(always=True)
     except sharing.Taken:
         pass  # the script has taken it from us
     if cluster.directory is not None:
@@ -279,7 +279,7 @@ def _join(
         except Exception as error:
             sharing.speak()
             raise NoCluster(f"The Ray cluster at '{address}' could not be joined: {_brief(error)}") from error
-        return Cluster(address, ours=True, connection=sharing.claim(ours=True), directory=directory)
+        return Cluster(address, ours=True, connection=sharing.claim(ours=share), directory=directory)
 
 
 def _job_config(ray: Any) -> Any:

@@ -65,16 +65,16 @@ def using_ray(connection: int | None = None) -> Iterator[None]:
 
 
 def claim(ours: bool) -> int:
-    """Note a connection that the observer uses, and whether it has made it. Returns its number."""
+    """Note a connection that the observer uses, and whether the script is not to see it. Returns its number."""
     global _ours, _connection
     _ours, _connection = ours, _connection + 1
     return _connection
 
 
-def leave() -> None:
-    """Close the observer's connection."""
+def leave(always: bool = False) -> None:
+    """Close the observer's connection; ``always`` where who asks knows that it is there, shared or not."""
     global _ours, _connection
-    if not _ours:
+    if not (_ours or always):
         return
     _ours, _connection = False, _connection + 1
     import ray
