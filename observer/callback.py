@@ -52,6 +52,9 @@ class ObserverCallback(TrainerCallback):
     (``train/loss``, ``eval/loss``), and the configuration. Every rank sends its progress, its own ``loss``, its
     ``step_time`` (seconds, with the wait for data), the phases of its steps as spans, and completions.
 
+    It connects when something is trained or evaluated: one that is only made, copied or pickled leaves no run. Where a
+    model takes long to load, call ``connect(settings)`` before; the callback joins that run.
+
     Args:
         settings: see :class:`ObserverSettings`; by default read from the environment.
         config: what rank 0 adds to the run's configuration: a mapping, or an object with named parts.
@@ -92,11 +95,15 @@ class ObserverCallback(TrainerCallback):
 
     def attach(self, trainer: Any) -> ObserverCallback:
         """Watch a trainer. Only needed for one that was made before this callback was added to it."""
+        self._watch(trainer)
+        return self
+
+    @_never_raises
+    def _watch(self, trainer: Any) -> None:
         self._trainer = weakref.ref(trainer)
         if trainer not in self._trainers:
             trainer.train = Wrapped(trainer.train, self._around_train)
             self._trainers[trainer] = OwnLoss(trainer)
-        return self
 
     def say_once(self, sentence: str) -> None:
         """Warn once about a sentence."""
@@ -292,7 +299,8 @@ class ObserverCallback(TrainerCallback):
 
     def _take_loss(self) -> Any:
         trainer = self._trainer() if self._trainer is not None else None
-        return None if trainer is None else self._trainers[trainer].take()
+        own = None if trainer is None else self._trainers.get(trainer)
+        return None if own is None else own.take()
 
     def _around_train(self, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:

@@ -20,7 +20,7 @@ from swanlab_ray.actors.protocol import COMPLETIONS, TOKENIZER
 from swanlab_ray.observer.algorithms import class_name, detect, of_a_framework
 from swanlab_ray.observer.cells import Columns
 from swanlab_ray.observer.exits import headline
-from swanlab_ray.observer.notices import logger
+from swanlab_ray.observer.notices import logger, warn_once
 from swanlab_ray.observer.rows import Snapshot, Unknown, duels, generated, judged, pairs
 from swanlab_ray.observer.session import Observer, current
 from swanlab_ray.observer.values import Deferred, encode
@@ -50,12 +50,18 @@ def attach(trainer: Any, observer: Observer | None = None) -> CompletionCapture 
     algorithm = detect(trainer)
     if algorithm is None or not observer.settings.log_completions or not observer.settings.active:
         return None
-    earlier: CompletionCapture | None = vars(trainer).get(_CAPTURE)
+    earlier: CompletionCapture | None = getattr(trainer, _CAPTURE, None)
     if earlier is not None:
         if earlier.active and earlier.observer is observer:
             return earlier
         earlier.detach()
-    capture = CompletionCapture(trainer, algorithm, observer)
+    try:
+        capture = CompletionCapture(trainer, algorithm, observer)
+    except Exception as error:
+        if observer.settings.strict:
+            raise
+        warn_once("completions attach", f"Completions are not logged: {headline(error)[:200]}; the training goes on.")
+        return None
     if not capture.active:
         return None
     setattr(trainer, _CAPTURE, capture)

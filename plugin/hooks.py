@@ -13,6 +13,7 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import SecretStr
 
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
+from swanlab_ray.observer.exits import headline
 from swanlab_ray.observer.identity import identify
 from swanlab_ray.observer.notices import logger, speak_up
 from swanlab_ray.observer.redact import plain
@@ -92,16 +93,24 @@ class SwanLabRayPlugin(BasePlugin):
         path = Path(cfg.get("axolotl_config_path") or "")
         if not self._listed or not path.is_file() or identify().local_rank != 0:
             return
-        if self._yaml is None:
+        try:
+            cfg["axolotl_config_path"] = self._without_secrets(path, Path(cfg["output_dir"]))
+        except Exception as error:  # a full disk, a directory that is not ours: the training's own error is to come
             cfg["axolotl_config_path"] = None  # whatever is in there
-        elif yaml.safe_load(path.read_text(encoding="utf-8")) != yaml.safe_load(self._yaml):
-            output = Path(cfg["output_dir"])
-            output.mkdir(parents=True, exist_ok=True)
-            redacted = output / "axolotl_config.redacted.yml"
-            new = redacted.with_suffix(f".{os.getpid()}")  # nodes may share the directory
-            new.write_text(self._yaml, encoding="utf-8")
-            new.replace(redacted)
-            cfg["axolotl_config_path"] = str(redacted)
+            logger.warning(f"The model card will not show the YAML: {headline(error)}.")
+
+    def _without_secrets(self, path: Path, output: Path) -> str | None:
+        """The YAML, or where it holds secrets a copy without them; None where it could not be read before."""
+        if self._yaml is None:
+            return None
+        if yaml.safe_load(path.read_text(encoding="utf-8")) == yaml.safe_load(self._yaml):
+            return str(path)
+        output.mkdir(parents=True, exist_ok=True)
+        redacted = output / "axolotl_config.redacted.yml"
+        new = redacted.with_suffix(f".{os.getpid()}")  # nodes may share the directory
+        new.write_text(self._yaml, encoding="utf-8")
+        new.replace(redacted)
+        return str(redacted)
 
     def add_callbacks_pre_trainer(self, cfg: Mapping[str, Any], model: Any) -> list[Any]:
         """The observer's callback, for every rank's trainer."""

@@ -25,7 +25,7 @@ from transformers.trainer_utils import HPSearchBackend
 
 from swanlab_ray.actors.history import find_runs
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.observer import ObserverCallback, archive, current
+from swanlab_ray.observer import ObserverCallback, archive, completions, connect, current
 from swanlab_ray.observer.describe import run_config
 from tests import tiny
 from tests.conftest import Launch, SharedCluster, run_forked
@@ -382,6 +382,24 @@ def test_a_copy_of_a_trainer_trains_itself(settings: ObserverSettings, tmp_path:
     for kind in (pickle, cloudpickle):
         again = pickle.loads(kind.dumps(callback))
         assert again.settings == callback.settings
+
+
+def test_what_is_no_trainer_costs_a_sentence(
+    settings: ObserverSettings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given to the callback, or to the capture of completions; under ``strict`` it raises."""
+    callback = ObserverCallback(settings)
+    assert callback.attach(object()) is callback
+    assert len(warnings_of(caplog, "the training goes on")) == 1
+    with pytest.raises(Exception, match=r"weak|attribute"):
+        ObserverCallback(settings.model_copy(update={"strict": True})).attach(object())
+
+    class DPOTrainer:
+        __slots__ = ("compute_loss",)
+
+    observer = connect(settings)
+    assert completions.attach(DPOTrainer(), observer) is None
+    assert len(warnings_of(caplog, "Completions are not logged")) == 1
 
 
 def test_each_trial_of_a_search_is_a_run(

@@ -214,6 +214,21 @@ def test_the_model_card_holds_no_secret(
     assert capsys.readouterr().err.count("SwanLab cannot store checkpoints yet") == use
 
 
+def test_a_model_card_that_cannot_be_kept_free_of_secrets_shows_no_yaml(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk costs that, and not the training."""
+    monkeypatch.setattr(notices.logger, "propagate", True)
+    path = tmp_path / "c.yml"
+    path.write_text("swanlab_api_key: s3cret")
+    plugin = SwanLabRayPlugin()
+    plugin._listed, plugin._yaml = True, "swanlab_api_key: '***'"
+    cfg: dict[str, Any] = {"axolotl_config_path": str(path), "output_dir": "/proc/none"}
+    plugin.pre_model_load(cfg)
+    assert cfg["axolotl_config_path"] is None
+    assert "The model card will not show the YAML" in caplog.text
+
+
 def test_preprocessing_opens_no_run(axolotl: Path, files: Path) -> None:
     from axolotl.cli.preprocess import do_cli
 
