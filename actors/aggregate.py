@@ -11,8 +11,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from math import inf
 
-from swanlab_ray.actors.over_ranks import Name, Shape, put
-from swanlab_ray.actors.protocol import JOB, RANK, Scalars
+from swanlab_ray.actors.over_ranks import Name, Names, Shape, put
+from swanlab_ray.actors.protocol import JOB, Scalars
 from swanlab_ray.actors.waiting import Calls, Row, Waiting
 from swanlab_ray.actors.written import NOBODY, Group, Written
 
@@ -34,8 +34,6 @@ WAITING_STEPS = 10_000
 """Steps that may wait for a rank; beyond that the one that came first is written with what is there."""
 WAITING_VALUES = 2_000_000
 """The same for values."""
-SHAPES = 1_000
-"""Sets of names that are known by heart."""
 
 
 class Aggregator:
@@ -66,8 +64,8 @@ class Aggregator:
         self._rows: OrderedDict[int, Row] = OrderedDict()  # of a dict the first is found slowly
         self._written = Written()
         self._reached: dict[int, int] = {}  # running rank -> the highest step it has logged
-        self._names: dict[str, Name] = {}
-        self._shapes: dict[tuple[int, *tuple[str, ...]], Shape] = {}
+        self._names = Names()
+        self._shapes = self._names.shapes
         self._job: dict[str, tuple[int, float]] = {}  # the latest of each name that is reduced already
         self._missing_ranks = 1
         self._values = 0  # in _rows
@@ -99,7 +97,7 @@ class Aggregator:
 
     def logged(self, rank: int, scalars: Scalars) -> bool:
         """Whether this rank has logged one of these names at this step, and has not gone back since."""
-        ids, row = self._shape(scalars).ids, self._rows.get(scalars.step)
+        ids, row = self._names.shape(scalars).ids, self._rows.get(scalars.step)
         return (row is not None and row.holds(rank, ids)) or self._written.holds(rank, scalars.step, ids)
 
     @property
@@ -115,7 +113,7 @@ class Aggregator:
         reached = self._reached
         if step > reached.get(rank, step):
             reached[rank] = step
-        shape = self._shapes.get((scalars.scope, *scalars.values)) or self._new_shape(scalars)
+        shape = self._shapes.get((scalars.scope, *scalars.values)) or self._names.shape(scalars)
         row = self._rows.get(step)
         again = False
         if row is None or row.mixed or shape.scope == JOB:
@@ -126,14 +124,20 @@ class Aggregator:
                     return
                 if len(fresh) < len(scalars.values):
                     scalars = Scalars(step, scalars.time_ns, scalars.scope, fresh)
-                    shape = self._shape(scalars)
+                    shape = self._names.shape(scalars)
             if shape.scope == JOB:
                 self._write_job(rank, scalars, shape, again)
+                return
+            if row is None and len(reached) == 1 and rank in reached and not self._missing_ranks:
+                if rank not in shape.reporters:
+                    shape.report(rank)
+                self._values += len(shape.names)
+                self._write_calls(step, shape, Calls(now, again, {rank: scalars}))
                 return
             if row is None:
                 row = self._new_row(step, now, bool(written) or step < self._written.certain)
         if rank not in shape.reporters:
-            self._report(rank, shape)
+            shape.report(rank)
         calls = row.calls.get(shape)
         if calls is None:
             if row.names or (row.calls and not all(shape.ids.isdisjoint(other.ids) for other in row.calls)):
@@ -261,7 +265,7 @@ class Aggregator:
 
     def _write_late(self, rank: int, scalars: Scalars, late: dict[str, float]) -> None:
         self.late += len(late)
-        names = {key: self._name(key, scalars.scope) for key in late}
+        names = {key: self._names.name(key, scalars.scope) for key in late}
         for name in names.values():
             name.reporters.add(rank)
             name.silent.discard(rank)
@@ -337,21 +341,13 @@ class Aggregator:
             if rank in reached and (row.behind or reached[rank] <= step)
         ]
         if now - waiting.since >= self._deadline:
-            self._give_up(name, expected)
+            self._names.give_up(name, expected)
             return True
         if expected or waiting.back or self._missing_ranks:
             return False
         if name.known or all(reached[rank] > step for rank in reached.keys() - there.keys()):
             return True
         return max((reached.get(rank, -1) for rank in there), default=-1) >= step + AHEAD
-
-    def _give_up(self, name: Name, ranks: Iterable[int]) -> None:
-        """These ranks are not expected to log this name until they do so again."""
-        for rank in ranks:
-            name.silent.add(rank)
-            for shape in self._shapes.values():
-                if name.id in shape.ids:
-                    shape.reporters.discard(rank)
 
     def flush(self) -> None:
         """Write everything that waits: the run ends."""
@@ -363,36 +359,6 @@ class Aggregator:
         for shape, calls in row.calls.items():
             self._write_calls(step, shape, calls)
         self._write_names(step, row.names.values())
-
-    # Names.
-
-    def _name(self, key: str, scope: int) -> Name:
-        name = self._names.get(key if scope != RANK else f"ranks/{key}/mean")
-        if name is None:
-            name = Name(key, scope)
-            self._names[name.id] = name
-            twin = self._names.get(key if scope == RANK else name.over_ranks[0])
-            if twin is not None:
-                (twin if scope == RANK else name).measured = True
-        return name
-
-    def _shape(self, scalars: Scalars) -> Shape:
-        return self._shapes.get((scalars.scope, *scalars.values)) or self._new_shape(scalars)
-
-    def _new_shape(self, scalars: Scalars) -> Shape:
-        if len(self._shapes) >= SHAPES:
-            self._shapes.clear()
-        names = [self._name(key, scalars.scope) for key in scalars.values]
-        shape = Shape(scalars.scope, names, frozenset(name.id for name in names))
-        self._shapes[scalars.scope, *scalars.values] = shape
-        return shape
-
-    @staticmethod
-    def _report(rank: int, shape: Shape) -> None:
-        shape.reporters.add(rank)
-        for name in shape.names:
-            name.reporters.add(rank)
-            name.silent.discard(rank)
 
     # Rows.
 

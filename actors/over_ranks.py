@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, nan
 
-from swanlab_ray.actors.protocol import RANK, USER
+from swanlab_ray.actors.protocol import RANK, USER, Scalars
 from swanlab_ray.actors.written import EMPTY, Group
 
 OVER_RANKS = ("mean", "min", "max", "p95", "argmax")
 """What is computed over ranks: ``p95`` is that of the nearest rank, ``argmax`` the lowest rank that has the maximum.
 ``nonfinite`` counts the ranks that reported NaN or infinity, where there are any."""
+SHAPES = 1_000
+"""Sets of names that are known by heart."""
 
 
 class Name(dict[int, str]):
@@ -54,6 +56,52 @@ class Shape:
     """Of each name, the series of these ranks and over them."""
     known: bool = False
     """All of its names are."""
+
+    def report(self, rank: int) -> None:
+        """This rank logs them."""
+        self.reporters.add(rank)
+        for name in self.names:
+            name.reporters.add(rank)
+            name.silent.discard(rank)
+
+
+class Names:
+    """All names, and the shapes of calls that were seen."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, Name] = {}
+        self.shapes: dict[tuple[int, *tuple[str, ...]], Shape] = {}
+        """By scope and names."""
+
+    def name(self, key: str, scope: int) -> Name:
+        """The name of this key."""
+        name = self._names.get(key if scope != RANK else f"ranks/{key}/mean")
+        if name is None:
+            name = Name(key, scope)
+            self._names[name.id] = name
+            twin = self._names.get(key if scope == RANK else name.over_ranks[0])
+            if twin is not None:
+                (twin if scope == RANK else name).measured = True
+        return name
+
+    def shape(self, scalars: Scalars) -> Shape:
+        """The shape of this call."""
+        shape = self.shapes.get((scalars.scope, *scalars.values))
+        if shape is None:
+            if len(self.shapes) >= SHAPES:
+                self.shapes.clear()
+            names = [self.name(key, scalars.scope) for key in scalars.values]
+            shape = Shape(scalars.scope, names, frozenset(name.id for name in names))
+            self.shapes[scalars.scope, *scalars.values] = shape
+        return shape
+
+    def give_up(self, name: Name, ranks: Iterable[int]) -> None:
+        """These ranks are not expected to log this name until they do so again."""
+        for rank in ranks:
+            name.silent.add(rank)
+            for shape in self.shapes.values():
+                if name.id in shape.ids:
+                    shape.reporters.discard(rank)
 
 
 def put(

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swanlab_ray.actors import aggregate
+from swanlab_ray.actors import over_ranks as over_ranks_module
 from swanlab_ray.actors.aggregate import DEADLINE_S, Aggregator
 from swanlab_ray.actors.protocol import JOB, RANK, USER, Scalars
 
@@ -224,7 +225,7 @@ def test_values_logged_in_one_call_and_one_by_one_are_the_same(operations: list[
         return sorted(rows), aggregator.late, aggregator._values
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aggregate, "SHAPES", 2)
+        patch.setattr(over_ranks_module, "SHAPES", 2)
         together = written(lambda values: [values])
         assert together == written(lambda values: [{key: values[key]} for key in values])
     assert together[2] == 0
