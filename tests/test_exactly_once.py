@@ -200,7 +200,7 @@ def test_memory_stays_bounded_when_the_disk_takes_nothing(tmp_path: Path, monkey
     mortal(monkeypatch)
     monkeypatch.setattr(writer_module, "BACKLOG_BYTES", 20_000)
     monkeypatch.setattr(channel_module, "UNSENT_BYTES", 20_000)
-    monkeypatch.setattr(channel_module, "EVENTS_PER_BATCH", 200)
+    monkeypatch.setattr(channel_module, "EVENTS_PER_BATCH", 1000)
     stuck = threading.Event()
     real = Journal._commit
     monkeypatch.setattr(Journal, "_commit", lambda self, group: (stuck.wait(), real(self, group))[1])
@@ -209,9 +209,12 @@ def test_memory_stays_bounded_when_the_disk_takes_nothing(tmp_path: Path, monkey
     assert observer.wait_ready(10)
     for step in range(30_000):
         observer.log({"x": random.random()}, step)
-    wait_until(lambda: observer.statistics().spooled > 10_000)
-    # Of some 600,000 bytes the bound, and at most the one batch more that reaches it.
-    assert cluster.find()._journal.queued_bytes < 20_000 + 200 * 30
+    journal = cluster.find()._journal
+    wait_until(lambda: observer.statistics().spooled > 10_000 and journal.queued_bytes > 20_000)
+    refused = observer._channel._hold_until
+    wait_until(lambda: observer._channel._hold_until > refused or all(b.taken for b in observer._channel._window))
+    # A window has four batches of 1,000 events: the bound, and the one that reaches it, are less.
+    assert journal.queued_bytes < 20_000 + 1000 * 20
     assert observer.statistics().acknowledged == 0
     stuck.set()
     assert observer.finish()

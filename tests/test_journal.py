@@ -16,7 +16,7 @@ import pytest
 
 from swanlab_ray.actors import journal as journal_module
 from swanlab_ray.actors.framing import frame
-from swanlab_ray.actors.history import Damaged, entries, find_runs, merged, summarise
+from swanlab_ray.actors.history import Damaged, Follower, entries, find_runs, merged, summarise
 from swanlab_ray.actors.journal import Disk, Journal, Position, being_written, journal_files
 from swanlab_ray.actors.records import Batch, Entry, Header, UnknownFormat, pack, unpack
 from tests.conftest import wait_until
@@ -377,6 +377,21 @@ def test_it_can_be_read_while_it_is_written(tmp_path: Path) -> None:
             assert not any(not damaged.damage.torn for damaged in summary.damaged)
     kept.journal.close(10)
     assert not being_written(path)
+
+
+def test_it_can_be_read_while_files_are_followed_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "ROTATE_BYTES", 1000)
+    kept = Kept(tmp_path)
+    follower, followed = Follower(tmp_path, Position(0, 0)), []
+    for seq in range(60):
+        kept.journal.append(batch(seq, bytes(300)))
+        if seq % 7 == 0 and kept.committed:
+            acknowledged, (_, until) = kept.seqs(), kept.committed[-1]
+            assert stored(tmp_path)[: len(acknowledged)] == acknowledged
+            followed += [entry.seq for entry in follower.read(until) if isinstance(entry, Batch)]
+    assert kept.journal.close(10)
+    followed += [entry.seq for entry in follower.read(kept.committed[-1][1]) if isinstance(entry, Batch)]
+    assert followed == list(range(60))
 
 
 def test_a_journal_of_a_newer_version_is_refused(tmp_path: Path) -> None:
