@@ -23,6 +23,7 @@ from swanlab_ray.actors.history import (
 from swanlab_ray.actors.journal import journal_files
 from swanlab_ray.actors.protocol import JOB, Completions, Scalars, Spans, Stacks
 from swanlab_ray.actors.records import Batch, Counts, UnknownFormat
+from swanlab_ray.actors.supersession import supersession
 from swanlab_ray.actors.text import first_line
 from swanlab_ray.observer.render import Column, Grid, cell
 
@@ -281,16 +282,20 @@ def stacks(files: RunFiles) -> list[tuple[int, Stacks]]:
 
 
 def latest_values(run: Run) -> dict[str, tuple[int, float]]:
-    """The last value of each name that the job or rank 0 logged, with its step."""
+    """The value of each name that the job or rank 0 logged at its highest step; as in SwanLab the first one there, and
+    none that a training has replaced which went back."""
     latest: dict[str, tuple[int, float]] = {}
-    batches = BatchReader()
+    superseded, batches = supersession(run.files), BatchReader()
     for entry in merged(run.files):
         if not isinstance(entry, Batch):
             continue
-        for event in batches.events(entry):
-            if isinstance(event, Scalars) and (event.scope == JOB or entry.rank == 0):
-                for name, value in event.values.items():
-                    if event.step >= latest.get(name, (-1, 0.0))[0]:
+        for life, events in superseded.parts(entry, batches.events(entry)):
+            for event in events:
+                if not isinstance(event, Scalars) or (event.scope != JOB and entry.rank != 0):
+                    continue
+                standing = superseded.standing(entry.rank, life, event)
+                for name, value in (standing.values if standing else {}).items():
+                    if event.step > latest.get(name, (-1, 0.0))[0]:
                         latest[name] = event.step, value
     return latest
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from swanlab_ray.actors import aggregate
 from swanlab_ray.actors.locks import hold_lock
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer import notices
@@ -144,6 +145,13 @@ def dashboard(in_cluster: SharedCluster) -> Iterator[SharedCluster]:
     """The shared cluster, which still has its dashboard. It takes a fifth of a core, so it ends with the test."""
     yield in_cluster
     (in_cluster.directory / "no dashboard").touch()
+
+
+@pytest.fixture(autouse=True)
+def _ranks_may_be_far_apart(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks in one process take turns, and do not wait for each other as those of a training do."""
+    if request.path.name not in ("test_aggregate.py", "test_reduction.py"):
+        monkeypatch.setattr(aggregate, "PATIENCE_S", 30.0)
 
 
 @pytest.fixture

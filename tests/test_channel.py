@@ -358,7 +358,7 @@ def test_an_end_while_a_cluster_starts_is_within_its_time_and_leaves_no_connecti
     observer.log({"x": 1}, 0)
     began = time.monotonic()
     assert not observer.finish(timeout=1)
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 4
     assert observer.statistics().spooled == 1
     assert not link.closed.is_set()
     link.up.set()

@@ -63,6 +63,7 @@ def test_a_run_on_disk_has_the_later_values(tmp_path: Path, world: int) -> None:
     assert status.written == points(run)
     assert (status.late, status.repeated, status.rejected) == (0, 0, 0)
     assert status.notices == []
+    assert archive.latest_values(archive.load_run(cluster.files)) == {"loss": (40, 200.0)}
 
 
 def test_a_run_on_disk_that_is_too_large_for_that_counts_what_it_has(
@@ -119,6 +120,7 @@ def test_steps_that_are_counted_per_epoch_are_told_and_counted(tmp_path: Path, w
     assert (status.repeated, status.late) == (200 * world, 0)
     (told,) = status.notices
     assert told.startswith("Logged twice: rank 0 has logged 'loss' at step 0 before. The first value stands,")
+    assert archive.latest_values(archive.load_run(cluster.files)) == {"loss": (99, 99.0)}
 
 
 def test_completions_that_are_run_again_are_replaced(tmp_path: Path) -> None:

@@ -221,9 +221,9 @@ def test_what_is_endless_is_cut_with_a_mark() -> None:
     wide: Any = "x"
     for _ in range(12):
         wide = [wide] * 9  # 9^12 values
-    began = perf_counter()
-    check_sendable(plain([wide, "\\" * 60_000]))
-    assert perf_counter() - began < 5
+    copied = plain([wide, "\\" * 60_000])
+    check_sendable(copied)
+    assert len(msgspec.msgpack.encode(copied)) < 1_000_000
 
 
 # Secrets.
