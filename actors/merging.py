@@ -104,5 +104,6 @@ class _Bounds:
         later += [self._over[life]] if life in self._over else []
         if later:
             place = min(place, min(later)._replace(side=-1))
-        earlier = [found.end if found.last < entry.seq else found.begin for found in ranges if found.first <= entry.seq]
+        # One that the journal has as well comes after that: it is passed over.
+        earlier = [found.end for found in ranges if found.first <= entry.seq]
         return max(place, max(earlier)._replace(side=1)) if earlier else place

@@ -108,11 +108,11 @@ class SwanLabRun(Sink):
             raise
 
     def _new_directory(self) -> Path:
-        """Named as SwanLab names them, but known beforehand."""
+        """Named as SwanLab names them, but known beforehand; none that this run will take the place of."""
         run = re.sub(r"\W+", "_", self._run_id, flags=re.ASCII)[:200].strip("_") or "run"
         while True:
             directory = self._settings.log_dir / f"run-{datetime.now():%Y%m%d_%H%M%S}-{run}"
-            if not directory.exists():
+            if not directory.exists() and str(directory) not in self._replaced:
                 return directory
             time.sleep(0.1)
 

@@ -99,8 +99,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each sentence is said once in a process, and these tests share one."""
+    """Each sentence is said once in a process, and these tests share one, in which SwanLab leaves variables behind."""
     monkeypatch.setattr(notices, "_said", set())
+    for stray in os.environ.keys() - environment().keys():
+        monkeypatch.delenv(stray)
 
 
 @dataclass(frozen=True)

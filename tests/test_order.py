@@ -225,6 +225,7 @@ times = st.sampled_from([-2 * HOUR, -60 * 10**9, 0, 60 * 10**9, 2 * HOUR])
     cut=st.integers(0, 12),
     twice=st.sets(st.integers(0, 11)),
 )
+@example(skew=-2 * HOUR, set_back=0, where=["j"] * 6, cut=0, twice={5})
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150, print_blob=True)
 def test_a_spool_and_the_journal_are_one_sequence_whatever_their_clocks_say(
     tmp_path_factory: pytest.TempPathFactory, skew: int, set_back: int, where: list[str], cut: int, twice: set[int]
