@@ -92,16 +92,8 @@ class CloudRun(Sink):
     def _update_config(self, values: dict[str, Any]) -> None:
         self._until_it_works(lambda: self._delivery.config(values))
 
-    def _write_some(self) -> None:
-        rows: list[Row] = []
-        scalars = 0
-        for row in self._rows:
-            if rows and (scalars + len(row.values) > CHUNK_SCALARS or row.table is not None):
-                break
-            rows.append(row)
-            scalars += len(row.values)
-            if row.table is not None:
-                break
+    def _write_some(self, first: Row) -> None:
+        rows, scalars = self._chunk()
         missing = self._until_it_works(lambda: [row for row in map(self._missing, rows) if row.values or row.table])
         if missing:
             attempts = itertools.count()
@@ -114,6 +106,20 @@ class CloudRun(Sink):
         self.delivered += len(rows)
         self._forget(len(rows))
         self._on_delivered(self.delivered)
+
+    def _chunk(self) -> tuple[list[Row], int]:
+        """The rows of the next request, and how many scalars they are; a table is a request of its own."""
+        rows: list[Row] = []
+        scalars = 0
+        with self._room:  # others come meanwhile
+            for row in self._rows:
+                if rows and (scalars + len(row.values) > CHUNK_SCALARS or row.table is not None):
+                    break
+                rows.append(row)
+                scalars += len(row.values)
+                if row.table is not None:
+                    break
+        return rows, scalars
 
     def _missing(self, row: Row) -> Row:
         """What of a row the cloud does not have.

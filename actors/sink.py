@@ -137,8 +137,8 @@ class Sink:
 
     def _update_config(self, values: dict[str, Any]) -> None: ...
 
-    def _write_some(self) -> None:
-        """Hand over the oldest rows, then :meth:`_forget` them."""
+    def _write_some(self, first: Row) -> None:
+        """Hand over the oldest rows, of which this is the first, then :meth:`_forget` them."""
 
     def _close(self, state: State, error: str | None) -> None: ...
 
@@ -176,6 +176,11 @@ class Sink:
             self.completions_lost += len(table.rows)
             table = None
         return Row(step, fit_time(time_ns), fitted, table)
+
+    def _first(self) -> Row | None:
+        """The oldest row, which stays that until it is forgotten; those behind it may be thinned meanwhile."""
+        with self._room:
+            return self._rows[0] if self._rows else None
 
     def _forget(self, rows: int) -> None:
         """The oldest rows are dealt with."""
@@ -222,18 +227,17 @@ class Sink:
             except Exception as error:
                 self._excuse("the run's configuration", error)
             self._configs.popleft()
-        while self._rows:
+        while (row := self._first()) is not None:
             if self.left() <= self._closing():
                 self.complete = False
                 return
-            row = self._rows[0]
             try:
-                self._write_some()
+                self._write_some(row)
             except (GaveUp, Stopped):
                 raise
             except Exception as error:  # of this row alone, as far as anybody knows
                 self._excuse(f"what was logged at step {row.step}", error)
-                if self._rows and self._rows[0] is row:
+                if self._first() is row:
                     self._withhold(row)
                     self._forget(1)
 

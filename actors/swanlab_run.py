@@ -165,8 +165,7 @@ class SwanLabRun(Sink):
         needed = CLOSING_S + 1.5 * under_way / max(1.0, self._pace.rate())
         return min(needed, FINISH_DEADLINE_S * 2 / 3)
 
-    def _write_some(self) -> None:
-        row = self._rows[0]
+    def _write_some(self, row: Row) -> None:
         if row.table is not None:
             # The local dashboard shows no tables.
             media = as_texts(row.table) if self.mode == "local" else as_charts(row.table)

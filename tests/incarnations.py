@@ -18,7 +18,7 @@ from swanlab_ray.actors.notifications import Notifications
 from swanlab_ray.actors.protocol import Ack, Beat, Farewell, Goodbye, Hello, Scalars, WriterStatus, decode_batch
 from swanlab_ray.actors.records import Batch
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.sink import Sink
+from swanlab_ray.actors.sink import Row, Sink
 from swanlab_ray.actors.writer import Writer
 from swanlab_ray.observer.channel import Link as LinkProtocol
 from swanlab_ray.observer.identity import Identity
@@ -53,9 +53,9 @@ class NoSwanLab(Sink):
         self.rows: list[tuple[int, dict[str, float]]] = []
         super().__init__("offline", notice, on_open)
 
-    def _write_some(self) -> None:
-        self.rows.append((self._rows[0].step, self._rows[0].values))
-        self.written += len(self._rows[0].values)
+    def _write_some(self, first: Row) -> None:
+        self.rows.append((first.step, first.values))
+        self.written += len(first.values)
         self._forget(1)
 
 

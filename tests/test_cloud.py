@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from swanlab_ray.actors import cloud_run, reducer, sink
 from swanlab_ray.actors import writer as writer_module
 from swanlab_ray.actors.at_work import AtWork
 from swanlab_ray.actors.cloud import CloudError
+from swanlab_ray.actors.cloud_run import CloudRun
 from swanlab_ray.actors.history import RunFiles
 from swanlab_ray.actors.protocol import WriterStatus
 from swanlab_ray.actors.settings import SettingsError
@@ -300,6 +302,28 @@ def test_what_its_client_cannot_even_send_costs_no_other(
     whole["rank/0/x"] = {step: value for step, value in whole["rank/0/x"].items() if not step % 2}
     assert cloud.only().points == whole
     assert (status.written, status.withheld) == (150, 10)
+
+
+def test_rows_that_come_while_a_request_is_put_together(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    taken, written = threading.Event(), threading.Event()
+
+    class Slow(dict[str, float]):
+        def __len__(self) -> int:
+            if threading.current_thread().name == "swanlab-sink":
+                taken.set()
+                written.wait(0.3)  # the other thread's time
+            return super().__len__()
+
+    told: list[str] = []
+    run = CloudRun(settings_for(tmp_path, mode="cloud"), "r", 0, "", lambda rows: None, told.append, lambda run: None)
+    run.write(0, 1, Slow(x=0.0))
+    assert taken.wait(20)
+    run.write(1, 1, {"x": 1.0})
+    written.set()
+    run.finish("success", None)
+    assert run.closed.wait(20)
+    assert (run.written, run.withheld, run.complete, told) == (2, 0, True, [])
+    assert cloud.only().points == {"x": {0: 0.0, 1: 1.0}}
 
 
 def test_an_outage_from_the_start(tmp_path: Path, cloud: SwanLabCloud) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -271,6 +272,45 @@ def test_what_local_mode_cannot_take_is_thinned_evenly_and_closed_in_time(
         assert steps[-1] > 250
         assert max(after - before for before, after in itertools.pairwise(steps)) <= 160
     assert len(points["eval"]) >= 3
+
+
+def test_the_row_that_is_being_written_is_not_mixed_up_by_thinning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue is taken apart and put together while SwanLab's thread is about to take the next row from it."""
+    thinning, taken, keep = threading.Event(), threading.Event(), Thinning.keep
+    given: list[int] = []
+
+    def slowly(self: Thinning, row: Row) -> Row:
+        if self._distance > 1 and not thinning.is_set():
+            thinning.set()
+            taken.wait(0.3)  # the other thread's time
+        return keep(self, row)
+
+    class Opened(SwanLabRun):
+        def _open(self) -> None: ...
+
+        def _closing(self) -> float:
+            thinning.wait(20)
+            return 0.0
+
+        def _write_some(self, first: Row) -> None:
+            given.append(first.step)
+            taken.set()
+            self._forget(1)
+
+        def _close(self, state: State, error: str | None) -> None: ...
+
+    monkeypatch.setattr(Thinning, "keep", slowly)
+    run = Opened(ObserverSettings(project="p", mode="local", log_dir=tmp_path), "r", [], print, lambda run: None)
+    step = 0
+    while not thinning.is_set():
+        run.write(step, 0, {"x": 1.0})
+        step += 1
+    run.finish("success", None)
+    assert run.closed.wait(20)
+    assert given[0] == 0
+    assert len(set(given)) == len(given) == step - run.thinned
 
 
 def test_a_run_is_closed_before_its_last_rank_stops_waiting() -> None:

@@ -67,14 +67,14 @@ def away() -> None:
 def soak() -> None:
     """A writer with everything but SwanLab itself, whose memory is not ours."""
     from swanlab_ray.actors.settings import ObserverSettings
-    from swanlab_ray.actors.sink import Sink
+    from swanlab_ray.actors.sink import Row, Sink
     from swanlab_ray.actors.writer import Writer
     from swanlab_ray.observer.identity import Identity
     from swanlab_ray.observer.session import Observer
 
     class Nowhere(Sink):
-        def _write_some(self) -> None:
-            self.written += len(self._rows[0].values)
+        def _write_some(self, first: Row) -> None:
+            self.written += len(first.values)
             self._forget(1)
 
     Writer._make_sink = lambda self: Nowhere("offline", self._notice, self._opened)  # type: ignore[method-assign]

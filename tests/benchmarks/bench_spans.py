@@ -201,13 +201,13 @@ def many_ranks() -> None:
     """A writer that gets the spans of 64 ranks, as fast as it takes them."""
     from swanlab_ray.actors.protocol import Hello, Spans, encode_batch
     from swanlab_ray.actors.settings import ObserverSettings
-    from swanlab_ray.actors.sink import Sink
+    from swanlab_ray.actors.sink import Row, Sink
     from swanlab_ray.actors.writer import Writer
     from swanlab_ray.observer.values import encode
 
     class Nowhere(Sink):
-        def _write_some(self) -> None:
-            self.written += len(self._rows[0].values)
+        def _write_some(self, first: Row) -> None:
+            self.written += len(first.values)
             self._forget(1)
 
     Writer._make_sink = lambda self: Nowhere("offline", self._notice, self._opened)  # type: ignore[method-assign]
