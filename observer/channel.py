@@ -164,13 +164,13 @@ class Channel:
         """Encoded events the flusher has not taken yet. Append those below :data:`LARGE_BYTES` while it has less than
         :data:`CAPACITY`, else call :meth:`put`."""
         self._large_bytes = 0  # of large events in the queue
-        self._counting = threading.Lock()  # held for counts that any thread may change
+        self._counting = threading.RLock()  # held for counts that any thread may change, and its signal handlers
         self._unsent: deque[bytes] = deque()
         self._unsent_bytes = 0
         self._spool: Spool | None = None
         self._window: deque[_Batch] = deque()
         self._in_window = 0  # events in it that are not in the spool as well
-        self._moving = threading.Lock()  # held while events change place, so that counts add up; never by put()
+        self._moving = threading.RLock()  # held while events change place, so that counts add up; never by put()
         self._owned = threading.Lock()  # held by who may change anything here: the flusher, but while it is _away()
         self._rescued = False
         self._reading = False  # a value is being read, perhaps from a GPU that hangs

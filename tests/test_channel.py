@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import threading
@@ -445,3 +446,27 @@ def test_two_threads_may_flush_at_once(link: ShakyLink, observer: Observer) -> N
         thread.join()
     assert done == [True] * 8
     assert observer._channel._flushing == 0
+
+
+def test_a_signal_handler_may_ask_whatever_it_interrupts(link: ShakyLink, observer: Observer) -> None:
+    """It runs on the thread that it interrupts, which may be counting just then."""
+    channel, over = observer._channel, threading.Event()
+
+    def interrupted() -> None:
+        with channel._moving, channel._counting:
+            observer.log({f"a long name {number}": 1.0 for number in range(3000)}, 0)
+            observer.log({"x": 1j}, 1)
+            observer.flush(timeout=0)
+        over.set()
+
+    threading.Thread(target=interrupted, daemon=True).start()
+    assert over.wait(20)
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e300])
+def test_whoever_waits_may_wait_for_ever(link: ShakyLink, observer: Observer, timeout: float) -> None:
+    observer.log({"x": 1}, 0)
+    assert observer.wait_ready(timeout)
+    assert observer.flush(timeout)
+    assert observer.finish(timeout=timeout)
+    assert len(link.goodbyes) == 1
