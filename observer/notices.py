@@ -73,11 +73,16 @@ logger.addHandler(_Terminal())
 _said: set[str] = set()
 
 
-def warn_once(key: str, sentence: str) -> None:
-    """Warn, unless something was said under this key before. At most 1,000 keys, so that it stays bounded."""
-    if key not in _said and len(_said) < 1000:
+def warn_once(key: str, sentence: str, most: int = 1_000) -> None:
+    """Warn, unless something was said under this key in this run, or under so many keys that it would never end."""
+    if key not in _said and len(_said) < most:
         _said.add(key)
         logger.warning("%s", sentence)
+
+
+def say_again() -> None:
+    """Another run begins: it may have the same troubles as the one before."""
+    _said.clear()
 
 
 def speak_up() -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from threading import TIMEOUT_MAX
 from time import monotonic, time_ns
 from types import TracebackType
 from typing import Any, SupportsIndex, get_args
@@ -53,7 +54,7 @@ from swanlab_ray.observer.link import RayLink
 from swanlab_ray.observer.never_raises import Wrong, never_raises, shown, str_of
 from swanlab_ray.observer.no_channel import NoChannel
 from swanlab_ray.observer.node_metrics import NodeMetrics
-from swanlab_ray.observer.notices import logger, warn_once
+from swanlab_ray.observer.notices import logger, say_again, warn_once
 from swanlab_ray.observer.pulse import Pulse
 from swanlab_ray.observer.redact import configuration
 from swanlab_ray.observer.secret_shapes import hide, masked
@@ -69,6 +70,8 @@ SIGTERM_S = 4.0
 """The same after SIGTERM; launchers wait 30 s before they send SIGKILL."""
 MOST = (1 << 63) - 1
 """The highest step: what SwanLab can keep."""
+MOST_NAMED = 500
+"""Wrong values and calls that are named in a warning; what else goes wrong is still told after them."""
 STRICT_CONNECT_S = 120.0
 """How long ``connect()`` waits for the writer under ``strict=True``: a cluster may have to be started."""
 STRICT_RETRY_S = 5.0
@@ -239,7 +242,7 @@ class Observer:
     def excuse(self, key: str, sentence: str) -> None:
         """Count something that is wrong and is not logged, and say so once under this key."""
         self._channel.refuse()
-        warn_once(f"wrong {key}", sentence)
+        warn_once(f"wrong {key}", sentence, MOST_NAMED)
 
     @never_raises(None)
     def log_completions(self, rows: Iterable[Mapping[str, Any]], step: SupportsIndex | None = None) -> None:
@@ -321,7 +324,7 @@ class Observer:
     @never_raises(False)
     def wait_ready(self, timeout: float) -> bool:
         """Wait until the writer has welcomed this rank."""
-        return self._channel.ready.wait(timeout)
+        return self._channel.ready.wait(min(timeout, TIMEOUT_MAX))
 
     def require_ready(self) -> None:
         """Wait for the writer's welcome.
@@ -360,7 +363,7 @@ class Observer:
         """
         if isinstance(self._channel, NoChannel):
             return True
-        timeout = max(0.0, float(timeout))
+        timeout = min(max(0.0, float(timeout)), TIMEOUT_MAX)
         if self._finished:
             return self._channel.hurry(timeout)  # another thread may be at it
         state = self._checked_state(state)
@@ -497,6 +500,8 @@ class DisabledObserver(Observer):
 
     def send(self, event: bytes | Deferred) -> None: ...
 
+    def excuse(self, key: str, sentence: str) -> None: ...
+
     def config(self, /, values: Any = None, **more: Any) -> None: ...
 
     def progress(self, step: int, max_steps: int = 0, epoch: float | None = None) -> None: ...
@@ -604,6 +609,7 @@ def _connect(settings: ObserverSettings) -> Observer:
         return _unobserved(settings, str(error))  # nobody has set it: the working directory was removed
     check_run_id(settings, identity)
     identity = replace(identity, run=which_run(settings, identity))
+    say_again()
     _current = Observer(settings, identity, RayLink(settings, identity))
     spans.active = _current.spans
     workers.note()

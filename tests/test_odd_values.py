@@ -22,7 +22,7 @@ from swanlab_ray.actors.protocol import Completions, Scalars
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer import archive
 from swanlab_ray.observer.identity import Identity
-from swanlab_ray.observer.session import Observer
+from swanlab_ray.observer.session import DisabledObserver, Observer
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.shaky_link import ShakyLink
@@ -197,6 +197,18 @@ def test_every_wrong_name_is_told_and_all_of_them_are_counted(
     assert link.goodbyes[0].counted.refused == 3 * 2 + 4
 
 
+def test_so_many_wrong_names_hide_nothing_else(
+    link: ShakyLink, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in range(1_200):
+        observer.log({f"x{step}": object()}, step)
+    assert observer.finish()
+    observer.log({"x": 1.0}, 1_200)
+    assert "'x0' is not logged" in caplog.text
+    assert "Something was logged after finish()" in caplog.text
+    assert link.goodbyes[0].counted.refused == 1_200
+
+
 class Placement:
     def __init__(self, replicated: bool) -> None:
         self.replicated = replicated
@@ -234,30 +246,35 @@ def test_a_part_of_a_tensor_is_not_logged_as_if_it_were_the_whole(
     )
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda observer: observer.log(Hostile(), Hostile()),
-        lambda observer: observer.log(Unbound(), Unbound()),
-        lambda observer: observer.log({"x": Unbound(), Unbound(): 1.0}, 0),
-        lambda observer: observer.log_completions([{"x": Unbound(), Unbound(): 1.0}, Unbound()]),
-        lambda observer: observer.config(x=Unbound()),
-        lambda observer: observer.log_completions(Hostile()),
-        lambda observer: observer.log_completions(iter([{"completion": "a"}, 3, HostileMapping()])),
-        lambda observer: observer.config(Hostile()),
-        lambda observer: observer.config({"x": Hostile()}),
-        lambda observer: observer.progress(2**70, Hostile()),
-        lambda observer: observer.set_result("exploded", Hostile()),
-        lambda observer: observer.flush(timeout="soon"),
-        lambda observer: setattr(observer, "step", Hostile()),
-        lambda observer: observer.span(Hostile()).__enter__(),
-    ],
-)
+ODD_CALLS: list[Callable[[Any], object]] = [
+    lambda observer: observer.log(Hostile(), Hostile()),
+    lambda observer: observer.log(Unbound(), Unbound()),
+    lambda observer: observer.log({"x": Unbound(), Unbound(): 1.0}, 0),
+    lambda observer: observer.log_completions([{"x": Unbound(), Unbound(): 1.0}, Unbound()]),
+    lambda observer: observer.config(x=Unbound()),
+    lambda observer: observer.log_completions(Hostile()),
+    lambda observer: observer.log_completions(iter([{"completion": "a"}, 3, HostileMapping()])),
+    lambda observer: observer.config(Hostile()),
+    lambda observer: observer.config({"x": Hostile()}),
+    lambda observer: observer.progress(2**70, Hostile()),
+    lambda observer: observer.set_result("exploded", Hostile()),
+    lambda observer: observer.flush(timeout="soon"),
+    lambda observer: setattr(observer, "step", Hostile()),
+    lambda observer: observer.span(Hostile()).__enter__(),
+]
+
+
+@pytest.mark.parametrize("call", ODD_CALLS)
 def test_no_call_raises_and_the_run_goes_on(call: Callable[[Any], object], link: ShakyLink, observer: Observer) -> None:
     call(observer)
     observer.log({"after": 1.0}, 0)
     assert observer.finish()
     assert arrived(link) == {"after": 1.0}
+
+
+@pytest.mark.parametrize("call", ODD_CALLS)
+def test_no_call_of_an_observer_that_observes_nothing_raises(call: Callable[[Any], object]) -> None:
+    call(DisabledObserver(ObserverSettings(mode="disabled"), Identity(0, 1, 0, 1)))
 
 
 def test_strict_raises_where_others_are_warned(link: ShakyLink, tmp_path: Path) -> None:

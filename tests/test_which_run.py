@@ -229,6 +229,16 @@ def test_a_removed_working_directory_is_no_matter_to_a_log_dir_from_the_root(
     assert values(tmp_path) == {run_id: [1.0]}
 
 
+@pytest.mark.usefixtures("writers")
+def test_each_run_of_a_process_tells_its_own_troubles(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        caplog.clear()
+        with connect(project="p", mode="offline", log_dir=tmp_path, node_interval=0) as observer:
+            observer.log({"x": object()}, 0)
+            observer.log({"x": object()}, 1)
+        assert caplog.text.count("'x' is not logged") == 1
+
+
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), OSError(24, "Too many open files")])
 def test_what_nobody_expected_costs_the_observation_and_not_the_training(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
