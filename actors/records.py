@@ -6,12 +6,14 @@ Readers skip control records they do not know, and refuse a journal of a newer :
 
 from __future__ import annotations
 
+import json
 import struct
 import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from swanlab_ray.actors.protocol import State
 
@@ -22,12 +24,6 @@ REDUCTION_VERSION = 2
 
 _CONTROL, _BATCH = b"C", b"B"
 _HEAD = struct.Struct("<c16sIQQI")  # kind, life, rank, seq, received, events
-
-
-# An error may name a file whose name is no Unicode; JSON cannot hold that.
-Text = Annotated[
-    str, BeforeValidator(lambda text: text.encode("utf-8", "replace").decode() if isinstance(text, str) else text)
-]
 
 
 class UnknownFormat(ValueError):
@@ -100,7 +96,7 @@ class Ended(_Control):
     rank: int
     life: str
     state: State | Literal["lost"]
-    error: Text | None = None
+    error: str | None = None
     ended_ns: int
     counts: Counts = Counts()
 
@@ -124,7 +120,7 @@ class Opened(_Control):
 
     type: Literal["opened"] = "opened"
     mode: str
-    run_dir: Text | None = None
+    run_dir: str | None = None
     url: str | None = None
 
 
@@ -141,14 +137,14 @@ class Alert(_Control):
     """A sentence for the user."""
 
     type: Literal["alert"] = "alert"
-    text: Text
+    text: str
 
 
 class Notified(_Control):
     """A notification has arrived."""
 
     type: Literal["notified"] = "notified"
-    key: Text
+    key: str
 
 
 class Finished(_Control):
@@ -156,7 +152,7 @@ class Finished(_Control):
 
     type: Literal["finished"] = "finished"
     state: State
-    error: Text | None = None
+    error: str | None = None
 
 
 class Closed(_Control):
@@ -203,7 +199,11 @@ def pack(entry: Entry) -> bytes:
     if isinstance(entry, Batch):
         life = entry.life.encode()
         return _HEAD.pack(_BATCH, life, entry.rank, entry.seq, entry.received_ns, entry.events) + entry.data
-    return _CONTROL + entry.model_dump_json().encode()
+    try:
+        text = entry.model_dump_json()
+    except PydanticSerializationError:  # an error may name a file whose name is no Unicode; JSON cannot hold that
+        text = json.dumps(entry.model_dump(), ensure_ascii=False)
+    return _CONTROL + text.encode(errors="replace")
 
 
 def unpack(payload: bytes) -> Entry | None:

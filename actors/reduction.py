@@ -225,9 +225,9 @@ class Reduction:
                     raise  # it is not the event's
                 self._refuse(rank, _described(event), error)
 
-    def _refuse(self, rank: int, what: str, error: Exception, events: int = 1) -> None:
+    def _refuse(self, rank: int, what: str, error: Exception) -> None:
         """Count what could not be worked off, and say so once for each kind of it."""
-        self.refused += events
+        self.refused += 1
         if what not in self._refused and len(self._refused) < 100:
             self._refused.add(what)
             self._notice(f"{what} of rank {rank} is not in SwanLab: {type(error).__name__}: {str(error)[:200]}.")

@@ -18,7 +18,19 @@ from swanlab_ray.actors import journal as journal_module
 from swanlab_ray.actors.framing import frame
 from swanlab_ray.actors.history import Damaged, Follower, entries, find_runs, merged, summarise
 from swanlab_ray.actors.journal import Disk, Journal, Position, being_written, journal_files
-from swanlab_ray.actors.records import Batch, Entry, Header, UnknownFormat, pack, unpack
+from swanlab_ray.actors.records import (
+    Alert,
+    Arrived,
+    Batch,
+    Counts,
+    Ended,
+    Entry,
+    Header,
+    Opened,
+    UnknownFormat,
+    pack,
+    unpack,
+)
 from tests.conftest import wait_until
 
 
@@ -392,6 +404,23 @@ def test_it_can_be_read_while_files_are_followed_by_others(tmp_path: Path, monke
     assert kept.journal.close(10)
     followed += [entry.seq for entry in follower.read(kept.committed[-1][1]) if isinstance(entry, Batch)]
     assert followed == list(range(60))
+
+
+def test_a_text_that_is_no_unicode_holds_up_nothing(tmp_path: Path) -> None:
+    """Names of files, hosts and GPUs, and what people put into the environment."""
+    odd = "gpu-\udcff"
+    arrived = Arrived(
+        rank=0, world_size=1, life=odd, local_rank=0, host=odd, pid=1, pid_namespace=odd, gpu=odd, nonce=odd
+    )
+    ended = Ended(rank=0, life=odd, state="crashed", error=odd, ended_ns=0, counts=Counts(dropped={odd: 1}))
+    kept = Kept(tmp_path)
+    kept.journal.append(arrived, ended, Opened(mode="local", run_dir=odd, url=odd), Alert(text=odd), batch(0))
+    assert kept.journal.settled(20)
+    assert kept.journal.close(20)
+    (run,) = find_runs([tmp_path])
+    found = [entry for entry in merged(run) if not isinstance(entry, Header)]
+    assert [type(entry) for entry in found] == [Arrived, Ended, Opened, Alert, Batch]
+    assert [entry.text for entry in found if isinstance(entry, Alert)] == ["gpu-?"]
 
 
 def test_a_journal_of_a_newer_version_is_refused(tmp_path: Path) -> None:
