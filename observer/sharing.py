@@ -74,8 +74,8 @@ def claim(ours: bool) -> int:
 def leave(always: bool = False) -> None:
     """Close the observer's connection; ``always`` where who asks knows that it is there, shared or not."""
     global _ours, _connection
-    if not (_ours or always):
-        return
+    if _forked_with_ray or not (_ours or always):
+        return  # in a fork it is the parent's, and Ray would wait for threads that only that has
     _ours, _connection = False, _connection + 1
     import ray
 
@@ -168,9 +168,10 @@ def _is_observer() -> bool:
 
 
 def _after_fork() -> None:
-    """The turn may be that of a thread that the child does not have; the connection is the parent's."""
-    global _turn, _ours, _waiting, _forked_with_ray
-    _turn, _ours, _waiting = threading.RLock(), False, 0
+    """The turn may be that of a thread that the child does not have; the connection is the parent's, and the child's
+    script sees of it what the parent's did."""
+    global _turn, _waiting, _forked_with_ray
+    _turn, _waiting = threading.RLock(), 0
     initialised = getattr(sys.modules.get("ray"), "is_initialized", None)  # it may be half imported
     _forked_with_ray = _forked_with_ray or _connection > 0 or (initialised is not None and initialised())
 

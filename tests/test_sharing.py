@@ -174,6 +174,20 @@ def test_a_forked_child_waits_for_nobody(ray: Any) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_a_forked_child_does_not_see_the_observer_s_ray_nor_shuts_it_down(ray: Any) -> None:
+    """Ray's core would wait for threads that only the parent has."""
+    _observer_joins(ray)
+    child = os.fork()
+    if child == 0:
+        unseen = not ray.is_initialized()
+        ray.shutdown()
+        sharing.leave(always=True)
+        with contextlib.suppress(AssertionError):  # Ray refuses: its core cannot be made anew in a fork
+            ray.init()
+        os._exit(0 if unseen and ray.calls == ["init"] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_a_fork_s_end_does_not_wait_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Ray does at a process's exit waits for threads that the child does not have."""
     import ray
