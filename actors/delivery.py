@@ -7,6 +7,7 @@ is out of order, not the names.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from swanlab_ray.actors.limits import Limits, shown
 from swanlab_ray.actors.sink import Row
 
 Send = Callable[[list[Any]], None]
+ASKED = 8
+"""Items that are tried one by one of a cloud that has taken none so far: does it take any?"""
 
 
 class Withheld(NamedTuple):
@@ -116,7 +119,7 @@ class Delivery:
         except Refused as error:
             if self._known_point is None:
                 raise CloudError(str(error)) from error
-            self._ask(self._experiment.add_points, self._known_point)
+            _ask(self._experiment.add_points, [self._known_point])
             self._notice(f"The SwanLab cloud does not take some completions ({error}); the journal has them.")
             return False
         return True
@@ -140,25 +143,28 @@ class Delivery:
         try:
             send(items)
         except Refused as error:
-            if known is not None:
-                self._ask(send, known)
+            # Where it has taken nothing yet, a few of these, others each time.
+            taken = _ask(send, random.sample(items, min(len(items), ASKED)) if known is None else [known])
             refused = _halve(send, items, error)
-            if known is None and len(refused) == len(items):
-                raise CloudError(str(error)) from error
+            _ask(send, [taken])  # it was in order all the while
             return refused
         return {}
 
-    @staticmethod
-    def _ask(send: Send, known: Any) -> None:
-        """Whether the cloud takes again what it has taken before.
 
-        Raises:
-            CloudError: it does not.
-        """
+def _ask(send: Send, items: list[Any]) -> Any:
+    """The first of these items that the cloud takes, one by one.
+
+    Raises:
+        CloudError: it takes none of them.
+    """
+    for item in items:
         try:
-            send([known])
+            send([item])
         except Refused as error:
-            raise CloudError(str(error)) from error
+            refused = error
+        else:
+            return item
+    raise CloudError(str(refused)) from refused
 
 
 def _blaming(send: Send) -> Send:

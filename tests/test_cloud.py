@@ -251,6 +251,20 @@ def test_a_gateway_that_refuses_everything_for_a_while_marks_no_name(
     assert ["cannot be used" in notice for notice in status.notices] == [True]
 
 
+def test_a_gateway_that_comes_to_itself_while_it_is_asked_marks_no_name(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    """What it has refused until then was no fault of the names; and it is not asked for each of them."""
+    names = [f"layer{number}" for number in range(100)]
+    job = Job(tmp_path, rank_series=0)
+    wait_until(lambda: bool(cloud.experiments))
+    before = len(cloud.requests)
+    cloud.dislikes = lambda key, step: len(cloud.requests) < before + 30
+    job.observers[0].log_job(dict.fromkeys(names, 1.0), 1)
+    status = job.finish()
+    assert (status.written, status.withheld) == (100, 0)
+    assert cloud.only().points == {name: {1: 1.0} for name in names}
+    assert len(cloud.requests) < before + 60
+
+
 def test_a_part_of_the_configuration_that_the_server_refuses_costs_no_other(
     tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
