@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from swanlab_ray.actors.text import one_line
+from swanlab_ray.observer.render import shown
 
 PIPE_CLOSED = 141
 """The exit code of what a shell sees ended by SIGPIPE."""
@@ -44,7 +44,7 @@ def _told() -> Iterator[None]:
     except OSError as error:
         _let_go()
         with suppress(OSError):
-            click.echo(f"Error: {one_line(_sentence(error))}.", err=True)
+            click.echo(f"Error: {shown(_sentence(error))}.", err=True)
         sys.exit(1)
 
 
@@ -54,6 +54,8 @@ def _sentence(error: OSError) -> str:
         return f"'{error.filename}' cannot be used: {reason}"
     if isinstance(error, FileNotFoundError):
         return "The working directory does not exist any more"
+    if error.errno is None:  # not the system's, but somebody's sentence
+        return reason.rstrip(".")
     return f"The output cannot be written: {reason}"
 
 

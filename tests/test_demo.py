@@ -84,3 +84,12 @@ def test_a_log_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> 
     done = CliRunner().invoke(main, ["demo", "--log-dir", str(tmp_path / "file" / "x")])
     assert done.exit_code == 2
     assert "is not a directory" in done.stderr
+
+
+def test_an_address_where_nobody_answers_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://me:hunter2@there:1")
+    done = CliRunner().invoke(main, ["demo", "--log-dir", str(tmp_path)])
+    assert done.exit_code == 1
+    assert done.stderr == (
+        "Error: RAY_ADDRESS='ray://***@there:1' is a Ray Client address; ranks need the cluster's HOST:6379.\n"
+    )
