@@ -25,7 +25,7 @@ class Opening:
         self._open = open
         self._close = close
         self._answer: Ack | None = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
         self._abandoned = False
         self._changing = threading.Lock()
         self._done = threading.Event()
@@ -53,8 +53,8 @@ class Opening:
     def _work(self) -> None:
         try:
             self._answer = self._open()
-        except BaseException as error:  # for whoever waits, whatever it is
-            self._error = error
+        except BaseException as error:  # for whoever waits, whom a SystemExit would end
+            self._error = error if isinstance(error, Exception) else RuntimeError(repr(error))
         with self._changing:
             self._done.set()
             abandoned = self._abandoned

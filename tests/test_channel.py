@@ -366,6 +366,23 @@ def test_an_end_while_a_cluster_starts_is_within_its_time_and_leaves_no_connecti
     assert link.closed.wait(10)  # by the thread that opened it, since nobody waits any more
 
 
+def test_what_ends_other_threads_does_not_end_the_one_that_sends(tmp_path: Path) -> None:
+    ends = [SystemExit(1), KeyboardInterrupt()]
+
+    class Ending(ShakyLink):
+        def open(self, hello: Hello) -> Ack:
+            if ends:
+                raise ends.pop()
+            return super().open(hello)
+
+    link = Ending()
+    observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), link)
+    observer.log({"x": 1}, 0)
+    assert observer.wait_ready(30)
+    assert observer.finish()
+    assert link.steps() == [0]
+
+
 def test_without_threads_a_rank_spools_what_it_has_logged(
     link: ShakyLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
