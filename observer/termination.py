@@ -32,9 +32,12 @@ class TerminationWatch:
     def __init__(self, on_sigterm: Callable[[], object]) -> None:
         self._on_sigterm = on_sigterm
         self._ending = False
+        self._over = False
         self._sockets: tuple[socket.socket, socket.socket] | None = None
         if threading.current_thread() is not threading.main_thread():
             return
+        for earlier in [watch for watch in _active if watch._over]:  # of a run that another thread has finished
+            earlier.stop()
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             return
         try:
@@ -59,8 +62,9 @@ class TerminationWatch:
 
     def stop(self) -> None:
         """Leave SIGTERM to itself."""
+        self._over = True
         if self._sockets is None or self._ending or threading.current_thread() is not threading.main_thread():
-            return  # on another thread nothing can be changed: the thread stays that ends the process
+            return  # another thread can change nothing: what ends the process stays until the next run
         reader, writer = self._sockets
         if signal.getsignal(signal.SIGTERM) == self._handler:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -53,3 +54,21 @@ def test_the_verdict_on_a_process(code: str, verdict: str, exit_code: int) -> No
     assert said.startswith(verdict)
     assert done.returncode == exit_code
     assert "_Exit" not in done.stderr
+
+
+def test_a_second_run_is_told_of_sigterm_also_where_another_thread_has_finished_the_first() -> None:
+    """Only the main thread can give a signal back; by then the first run is over."""
+    source = """
+    import os, signal, threading, time
+    from swanlab_ray.observer.termination import TerminationWatch
+    first = TerminationWatch(lambda: print("first", flush=True))
+    thread = threading.Thread(target=first.stop)
+    thread.start()
+    thread.join()
+    TerminationWatch(lambda: print("second", flush=True))
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
+    assert (done.stdout, done.returncode) == ("second\n", -signal.SIGTERM)
