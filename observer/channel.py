@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from swanlab_ray.actors.members import arrived, counts_of
@@ -136,7 +137,7 @@ class Channel:
         link: the connection.
         rank: rank of this process.
         life: unique to this process.
-        hello: makes this rank's greeting, given the first batch it can still send.
+        hello: makes this rank's greeting, given the first batch it can still send. It may wait, for a GPU's driver.
         on_welcome: called on the flusher thread after the first connection.
         make_spool: makes the place on disk, given the run id.
         pulse: knows what this rank is doing.
@@ -180,6 +181,7 @@ class Channel:
         self._refused = 0
         self._late = 0
         self._opening: Opening | None = None
+        self._greeting: Hello | None = None  # the latest
         self._dropped: dict[str, int] = {}
         self._overflowed = 0
         self._connections = 0
@@ -441,8 +443,7 @@ class Channel:
     def _connect(self) -> bool:
         """Open the connection. False: it is still being opened, and somebody has to look after the queue."""
         if self._opening is None:
-            hello = self._hello(self._first_unacknowledged())
-            self._opening = Opening(lambda: self._link.open(hello), self._link.close)
+            self._opening = Opening(partial(self._greet, self._first_unacknowledged()), self._link.close)
         with self._away():
             over = self._opening.wait(OPENING_POLL_S)
         if not over:
@@ -460,6 +461,10 @@ class Channel:
             self._on_welcome()
             self.ready.set()
         return True
+
+    def _greet(self, next_seq: int) -> Ack:
+        self._greeting = self._hello(next_seq)
+        return self._link.open(self._greeting)
 
     def _first_unacknowledged(self) -> int:
         """Number of the first batch that this rank can still send."""
@@ -723,7 +728,9 @@ class Channel:
 
     def _beginning_and_end(self) -> list[Entry]:
         """For whoever puts spool and journal together: perhaps no writer will ever hear of this rank."""
-        entries: list[Entry] = [arrived(self._hello(0))]
+        # Not while another thread waits for it: so would this one.
+        greeting = self._greeting or (self._hello(0) if self._opening is None else None)
+        entries: list[Entry] = [arrived(greeting)] if greeting else []
         if self._goodbye is not None:
             said = self._goodbye(self._counted())
             entries.append(

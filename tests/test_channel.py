@@ -383,6 +383,21 @@ def test_what_ends_other_threads_does_not_end_the_one_that_sends(tmp_path: Path)
     assert link.steps() == [0]
 
 
+def test_a_driver_that_hangs_costs_no_event(link: ShakyLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank tells its GPU's name when it says hello, and where the GPU has failed nobody answers that."""
+    over = threading.Event()
+    monkeypatch.setattr(session_module, "gpu_name", lambda local_rank: over.wait(60) and None)
+    observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), link)
+    for step in range(100):
+        observer.log({"x": step}, step)
+    began = time.monotonic()
+    assert not observer.finish(timeout=3)
+    assert time.monotonic() - began < 10
+    over.set()
+    statistics = observer.statistics()
+    assert (statistics.logged, statistics.spooled, statistics.dropped) == (100, 100, {})
+
+
 def test_without_threads_a_rank_spools_what_it_has_logged(
     link: ShakyLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
