@@ -151,7 +151,7 @@ class SwanLabRun(Sink):
         self._rows.append(row)
         self._waiting += row.weight
         if self._waiting > bound:
-            self._waiting = self._thinning.thin(self._rows, bound)
+            self._waiting = self._thinning.thin(self._rows, self._waiting, bound)
             if not self._told:
                 self._told = True
                 self.notice(

@@ -43,12 +43,11 @@ class Thinning:
         )
         return row._replace(values=kept)
 
-    def thin(self, rows: deque[Row], weight: int) -> int:
-        """Thin rows until they weigh no more than this; returns what they weigh then. The first is left as it is: it is
-        being written.
+    def thin(self, rows: deque[Row], weighs: int, bound: int) -> int:
+        """Thin rows of this weight until they weigh no more than the bound; returns what they weigh then. The first is
+        left as it is: it is being written.
         """
-        weighs = sum(row.weight for row in rows)
-        while weighs > weight and len(rows) > 1 and self._distance < FARTHEST:
+        while weighs > bound and len(rows) > 1 and self._distance < FARTHEST:
             self._distance *= 2
             first = rows.popleft()
             self._last = dict.fromkeys(first.values, first.step)

@@ -329,13 +329,31 @@ def test_a_run_that_is_written_anew_has_no_more_time_than_the_one_before(tmp_pat
     second.finish("success", None)
 
 
+def test_what_cannot_be_thinned_any_more_costs_nothing_for_each_row() -> None:
+    """Each row has a name of its own, so that none can be left out."""
+
+    class Counted(deque[Row]):
+        passes = 0
+
+        def __iter__(self) -> Iterator[Row]:
+            self.passes += 1
+            return super().__iter__()
+
+    thinning, rows = Thinning(lambda row: None), Counted()
+    for step in range(1000):
+        rows.append(thinning.keep(Row(step, 0, {f"x{step}": 1.0})))
+        assert thinning.thin(rows, len(rows), 10) == len(rows)
+    assert len(rows) == 1000
+    assert rows.passes < 200
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 1000), min_size=2, max_size=60), st.integers(1, 40))
 def test_thinning_counts_what_it_leaves_out(steps: list[int], weight: int) -> None:
     lost: list[int] = []
     thinning = Thinning(lambda row: lost.append(len(row.values)))
     rows = deque(Row(step, 0, {"a": 1.0, "b": 2.0}) for step in steps)
-    weighs = thinning.thin(rows, weight)
+    weighs = thinning.thin(rows, 2 * len(steps), weight)
     assert weighs == sum(row.weight for row in rows)
     assert weighs <= weight or len(rows) == 1
     assert weighs + sum(lost) == 2 * len(steps)
