@@ -24,7 +24,7 @@ from swanlab_ray.actors.protocol import State
 from swanlab_ray.actors.settings import ObserverSettings, tidy_environment
 from swanlab_ray.actors.sink import FINISH_DEADLINE_S, Row, Sink, Stopped, brief
 from swanlab_ray.actors.tables import as_charts, as_texts
-from swanlab_ray.actors.thinning import Thinning
+from swanlab_ray.actors.thinning import SERIES, Beginnings, Thinning
 
 OPEN_RETRY_S = (1.0, 30.0)
 """First and longest pause between two attempts to open SwanLab's run."""
@@ -68,6 +68,7 @@ class SwanLabRun(Sink):
         self._restarted = self._told = False
         self._pace = _Pace()
         self._thinning = Thinning(self._lose)
+        self._beginnings = Beginnings(self._lose)
         self.waits = settings.mode != "local"  # the local dashboard is for looking at now, and takes little
         super().__init__(settings.mode, notice, on_open)
 
@@ -144,6 +145,10 @@ class SwanLabRun(Sink):
         if self.mode != "local" or self._patient:
             super()._queue(row)
             return
+        begun = self._beginnings.keep(row)
+        if begun is not row:
+            self._tell_of_thinning()
+            row = begun
         bound = max(2 * row.weight, LOCAL_WAITING, int(self._pace.rate() * LOCAL_LAG_S))
         if self._waiting < bound / 4:
             self._thinning.relax()
@@ -152,12 +157,15 @@ class SwanLabRun(Sink):
         self._waiting += row.weight
         if self._waiting > bound:
             self._waiting = self._thinning.thin(self._rows, self._waiting, bound)
-            if not self._told:
-                self._told = True
-                self.notice(
-                    "More is logged than SwanLab's local mode can write: it gets fewer points of each series, evenly; "
-                    "the journal has all."
-                )
+            self._tell_of_thinning()
+
+    def _tell_of_thinning(self) -> None:
+        if not self._told:
+            self._told = True
+            self.notice(
+                "More is logged than SwanLab's local mode can write: it gets fewer points of each series, evenly, and "
+                f"beyond {SERIES} names one after another; the journal has all."
+            )
 
     def _closing(self) -> float:
         """As long as SwanLab needs for what it was given, at its pace."""

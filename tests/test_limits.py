@@ -26,7 +26,7 @@ from swanlab_ray.actors.protocol import State
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.sink import FINISH_DEADLINE_S, Row, Sink
 from swanlab_ray.actors.swanlab_run import SwanLabRun, remove_run
-from swanlab_ray.actors.thinning import Thinning
+from swanlab_ray.actors.thinning import SERIES, SERIES_PER_SECOND, Beginnings, Thinning
 from swanlab_ray.observer.session import FINISH_TIMEOUT_S
 from tests.conftest import wait_until
 from tests.incarnations import NoSwanLab
@@ -385,3 +385,23 @@ def test_only_runs_of_ours_are_removed(tmp_path: Path) -> None:
     assert all((directory / "run-r.swanlab").exists() or directory == kept[0] for directory in kept)
     assert (kept[0] / "run-other.swanlab").exists()
     assert (log_dir / "run-6-r").is_symlink()
+
+
+def test_series_begin_at_the_pace_at_which_local_mode_can_begin_them() -> None:
+    """Those of a usual training at once; of 3,000 the first ones have all their points, and in time all have some."""
+    now = 0.0
+    lost: list[int] = []
+    beginnings = Beginnings(lambda row: lost.append(len(row.values)), lambda: now)
+    values = {f"x{number}": 1.0 for number in range(3000)}
+    few = Row(0, 0, {"loss": 1.0})
+    assert beginnings.keep(few) is few
+    sizes = []
+    for step in range(200):
+        kept = beginnings.keep(Row(step, 0, values)).values
+        sizes.append(len(kept))
+        assert list(kept) == list(values)[: len(kept)]
+        now += 1.0
+    assert sizes[0] == SERIES - 1
+    assert sizes[60] == SERIES - 1 + 60 * SERIES_PER_SECOND
+    assert sizes[-1] == 3000
+    assert sum(sizes) + sum(lost) == 200 * 3000
