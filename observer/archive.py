@@ -251,21 +251,20 @@ def missing_files(run: RunFiles) -> list[str]:
 
 def gaps(run: RunFiles, summary: Summary) -> list[Gap]:
     """Where batches are missing, and between which steps."""
+    damaged = {key: life for key, life in summary.lives.items() if life.missing}
+    steps: dict[tuple[int, str], dict[int, tuple[int, int]]] = {key: {} for key in damaged}
+    batches = BatchReader()
+    for entry in merged(run) if damaged else ():
+        if isinstance(entry, Batch) and (entry.rank, entry.life) in damaged:
+            logged = [event.step for event in batches.events(entry) if isinstance(event, Scalars)]
+            if logged:
+                steps[entry.rank, entry.life][entry.seq] = min(logged), max(logged)
     found = []
-    for (rank, life), said in summary.lives.items():
-        if not said.missing:
-            continue
-        steps: dict[int, tuple[int, int]] = {}
-        batches = BatchReader()
-        for entry in merged(run):
-            if isinstance(entry, Batch) and (entry.rank, entry.life) == (rank, life):
-                logged = [event.step for event in batches.events(entry) if isinstance(event, Scalars)]
-                if logged:
-                    steps[entry.seq] = (min(logged), max(logged))
-        for first, last in said.missing:
-            before = [steps[seq][1] for seq in steps if seq < first]
-            after = [steps[seq][0] for seq in steps if seq > last]
-            found.append(Gap(rank, first, last, max(before, default=None), min(after, default=None)))
+    for key, life in damaged.items():
+        for first, last in life.missing:
+            before = [highest for seq, (_, highest) in steps[key].items() if seq < first]
+            after = [lowest for seq, (lowest, _) in steps[key].items() if seq > last]
+            found.append(Gap(key[0], first, last, max(before, default=None), min(after, default=None)))
     return found
 
 
