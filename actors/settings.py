@@ -299,9 +299,13 @@ class ObserverSettings(BaseSettings):
     @field_validator("web_host", "api_host")
     @classmethod
     def _web_address(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("http://", "https://")):
-            raise ValueError(f"{value!r} is not a web address: write it as https://swanlab.example.com")
-        return value
+        if value is None:
+            return None
+        if not value.startswith(("http://", "https://")):
+            told = value.rpartition("@")[2]
+            raise ValueError(f"{told!r} is not a web address: write it as https://swanlab.example.com")
+        # SwanLab uses neither a user nor a query there; both may hold a secret, and settings are kept in files.
+        return re.sub(r"(?<=//)[^/?#]*@|[?#].*", "", value)
 
     @field_validator("log_dir", mode="before")
     @classmethod

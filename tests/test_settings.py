@@ -116,6 +116,16 @@ def test_secrets_show_nowhere_but_travel() -> None:
     assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["api_host", "web_host"])
+def test_an_address_is_kept_without_what_may_be_a_secret_in_it(name: str) -> None:
+    settings = ObserverSettings(project="p", **{name: "https://me:hunter22@swanlab.example:8443/sub?token=hunter22"})
+    assert settings.public()[name] == "https://swanlab.example:8443/sub"
+    assert "hunter22" not in repr(settings)
+    with pytest.raises(SettingsError) as caught:
+        ObserverSettings(project="p", **{name: "me:hunter22@swanlab.example"})
+    assert "hunter22" not in str(caught.value)
+
+
 def test_unwritable_log_dir_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match=r"log_dir '.*file/logs' cannot be written \(.*file is not a directory\)"):
