@@ -113,7 +113,8 @@ def masker(env: Mapping[str, str] = os.environ) -> Callable[[str], str]:
     """A function that masks the secrets in a text: those that this process was given, in the environment or by
     :func:`hide`, and what looks like one, alone, in an address, or as a command's option.
     """
-    known = {value for name, value in env.items() if _is_known_secret(name, value)} | _hidden
+    # Not items(), which fails where another thread takes a variable away.
+    known = {value for name in env if (value := env.get(name)) and _is_known_secret(name, value)} | _hidden
     given = re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True)))) if known else None
 
     def mask(text: str) -> str:

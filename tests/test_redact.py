@@ -409,3 +409,14 @@ def test_masking_takes_time_in_proportion(part: str) -> None:
     began = perf_counter()
     masked(text)
     assert perf_counter() - began < 2
+
+
+def test_a_variable_that_another_thread_takes_away_costs_no_message() -> None:
+    class Environment(UserDict[str, str]):
+        """As ``os.environ``, which lists its names first."""
+
+        def __iter__(self) -> Iterator[str]:
+            return iter([*self.data, "GONE"])
+
+    mask = masker(Environment({"MY_TOKEN": "0123abcd4567"}))
+    assert mask("with 0123abcd4567") == "with ***"
