@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from swanlab_ray.actors.cloud import CHUNK_SCALARS, CloudError, CloudExperiment, NoKey, same
-from swanlab_ray.actors.delivery import Delivery
+from swanlab_ray.actors.delivery import Delivery, Withheld
 from swanlab_ray.actors.limits import Limits
 from swanlab_ray.actors.protocol import State
 from swanlab_ray.actors.settings import ObserverSettings
@@ -93,22 +93,28 @@ class CloudRun(Sink):
         self._until_it_works(lambda: self._delivery.config(values))
 
     def _write_some(self, first: Row) -> None:
-        rows, scalars = self._chunk()
-        missing = self._until_it_works(lambda: [row for row in map(self._missing, rows) if row.values or row.table])
-        if missing:
-            attempts = itertools.count()
-            withheld = self._until_it_works(lambda: self._delivery.deliver(missing, next(attempts) > PERSISTENT))
-            scalars -= withheld.scalars
-            self.withheld += withheld.scalars
-            self.completions_lost += withheld.completions
-            self.complete = self.complete and not any(withheld)
-        self.written += scalars
+        rows: list[Row] = []
+        missing: list[Row] = []
+        attempts = itertools.count()
+
+        def deliver() -> Withheld:
+            """With what has come since the last attempt: it may show that the first rows are to blame."""
+            new = self._chunk()[len(rows) :]
+            rows.extend(new)
+            missing.extend(row for row in map(self._missing, new) if row.values or row.table)
+            return self._delivery.deliver(missing, next(attempts) > PERSISTENT) if missing else Withheld()
+
+        withheld = self._until_it_works(deliver)
+        self.withheld += withheld.scalars
+        self.completions_lost += withheld.completions
+        self.complete = self.complete and not any(withheld)
+        self.written += sum(len(row.values) for row in rows) - withheld.scalars
         self.delivered += len(rows)
         self._forget(len(rows))
         self._on_delivered(self.delivered)
 
-    def _chunk(self) -> tuple[list[Row], int]:
-        """The rows of the next request, and how many scalars they are; a table is a request of its own."""
+    def _chunk(self) -> list[Row]:
+        """The rows of the next request; a table is a request of its own."""
         rows: list[Row] = []
         scalars = 0
         with self._room:  # others come meanwhile
@@ -119,7 +125,7 @@ class CloudRun(Sink):
                 scalars += len(row.values)
                 if row.table is not None:
                     break
-        return rows, scalars
+        return rows
 
     def _missing(self, row: Row) -> Row:
         """What of a row the cloud does not have.

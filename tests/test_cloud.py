@@ -265,6 +265,19 @@ def test_a_gateway_that_comes_to_itself_while_it_is_asked_marks_no_name(tmp_path
     assert len(cloud.requests) < before + 60
 
 
+def test_a_first_value_that_the_server_refuses_holds_up_nothing(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    """Whether it is the value's fault shows with what comes behind."""
+    cloud.dislikes = lambda key, step: key == "bad"
+    job = Job(tmp_path, rank_series=0)
+    job.observers[0].log_job({"bad": 1.0}, 1)
+    wait_until(lambda: bool(job.cluster.find().status().notices))
+    job.observers[0].log_job({"good": 1.0}, 2)
+    job.delivered(1)
+    status = job.finish()
+    assert cloud.only().points == {"good": {2: 1.0}}
+    assert (status.written, status.withheld) == (1, 1)
+
+
 def test_a_part_of_the_configuration_that_the_server_refuses_costs_no_other(
     tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
