@@ -34,7 +34,10 @@ def describe(error: BaseException) -> tuple[State, str]:
 
 def headline(error: BaseException) -> str:
     """Name and message of an exception, without secrets; for sentences."""
-    lines = traceback.format_exception_only(error)
+    try:
+        lines = traceback.format_exception_only(error)
+    except Exception:  # one that is not made as exceptions are
+        return str(type.__getattribute__(type(error), "__name__"))
     if isinstance(error, SyntaxError):  # what comes before its last line is code
         lines = [lines[-1].rstrip(), f" ({error.filename}:{error.lineno})"]
     return masked("".join(lines)[: 2 * LONGEST_HEADLINE].strip())[:LONGEST_HEADLINE]

@@ -70,6 +70,8 @@ SIGTERM_S = 4.0
 """The same after SIGTERM; launchers wait 30 s before they send SIGKILL."""
 MOST = (1 << 63) - 1
 """The highest step: what SwanLab can keep."""
+LONGEST_ERROR = 65_536
+"""Characters of an error that is given in words."""
 MOST_NAMED = 500
 """Wrong values and calls that are named in a warning; what else goes wrong is still told after them."""
 STRICT_CONNECT_S = 120.0
@@ -665,7 +667,7 @@ os.register_at_fork(after_in_child=_after_fork)
 def _readable(error: object) -> str | None:
     """An error, which may be an exception, without its secrets. It may name a file whose name is no Unicode; such text
     cannot be sent."""
-    return None if error is None else masked(str_of(error)).encode("utf-8", "replace").decode()
+    return None if error is None else masked(str_of(error)[:LONGEST_ERROR]).encode("utf-8", "replace").decode()
 
 
 def _ignore(event: object) -> None:

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 
+from swanlab_ray.observer.exits import describe
 from tests.conftest import environment
 
 WATCHED = """
@@ -54,6 +55,31 @@ def test_the_verdict_on_a_process(code: str, verdict: str, exit_code: int) -> No
     assert said.startswith(verdict)
     assert done.returncode == exit_code
     assert "_Exit" not in done.stderr
+
+
+class _Nameless(type):
+    def __getattribute__(cls, name: str) -> object:
+        raise RuntimeError(name)
+
+
+class _Odd(Exception, metaclass=_Nameless): ...
+
+
+class _OddNotes(Exception):
+    @property
+    def __notes__(self) -> list[str]:  # type: ignore[override]
+        raise RuntimeError("no notes")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [SyntaxError("x", ("file", 1, 1, b"code")), SyntaxError("x", ("file", 1, 1, 5)), _Odd("x"), _OddNotes("x")],  # type: ignore[arg-type]
+    ids=["code of bytes", "code of numbers", "class", "notes"],
+)
+def test_an_exception_that_cannot_be_shown_is_told_by_its_name(error: Exception) -> None:
+    """What raised here would take the place of the training's own error."""
+    name = type.__getattribute__(type(error), "__name__")
+    assert describe(error) == ("crashed", name)
 
 
 def test_a_second_run_is_told_of_sigterm_also_where_another_thread_has_finished_the_first() -> None:

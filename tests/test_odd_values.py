@@ -294,6 +294,11 @@ def test_an_end_in_words_of_one_s_own_is_a_crash_with_its_error(link: ShakyLink,
     assert (link.goodbyes[0].state, link.goodbyes[0].error) == ("crashed", "no data")
 
 
+def test_an_error_of_any_length_ends_a_run_in_time(link: ShakyLink, observer: Observer) -> None:
+    observer.finish("crashed", "a=b " * 1_000_000)
+    assert 1_000 < len(link.goodbyes[0].error or "") <= 65_536
+
+
 def test_what_comes_after_the_end_is_told_once_and_counted(
     link: ShakyLink, observer: Observer, caplog: pytest.LogCaptureFixture
 ) -> None:
