@@ -10,7 +10,7 @@ from hashlib import sha256
 from typing import Any
 
 from swanlab_ray.actors.completions import TABLE
-from swanlab_ray.actors.tables import safe
+from swanlab_ray.actors.text import one_line
 
 NAME_CHARACTERS = 512
 """SwanLab cuts a longer name, so that two of them become one."""
@@ -104,7 +104,7 @@ def fitting(name: str) -> str | None:
     """
     mended = name.strip(_EDGES)
     if not mended.isprintable():
-        mended = _visible(mended)
+        mended = one_line(mended)
     if not mended or mended == TABLE or mended.startswith(_SYSTEM):
         return None
     if len(mended) > NAME_CHARACTERS:
@@ -115,12 +115,8 @@ def fitting(name: str) -> str | None:
 
 def shown(name: str) -> str:
     """A name in a sentence: short, and on one line."""
-    text = _visible(name)
+    text = one_line(name)
     return f"{text[:40]}...{text[-20:]}" if len(text) > 63 else text
-
-
-def _visible(name: str) -> str:
-    return safe(name.encode("utf-8", "replace").decode()).replace("\t", "␉").replace("\n", "␊")
 
 
 def fit_time(time_ns: int) -> int:
