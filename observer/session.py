@@ -9,10 +9,10 @@ import os
 import secrets
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from threading import TIMEOUT_MAX
 from time import monotonic, time_ns
 from types import TracebackType
 from typing import Any, SupportsIndex, get_args
@@ -326,7 +326,7 @@ class Observer:
     @never_raises(False)
     def wait_ready(self, timeout: float) -> bool:
         """Wait until the writer has welcomed this rank."""
-        return self._channel.ready.wait(min(timeout, TIMEOUT_MAX))
+        return self._channel.ready.wait(min(timeout, threading.TIMEOUT_MAX))
 
     def require_ready(self) -> None:
         """Wait for the writer's welcome.
@@ -365,7 +365,7 @@ class Observer:
         """
         if isinstance(self._channel, NoChannel):
             return True
-        timeout = min(max(0.0, float(timeout)), TIMEOUT_MAX)
+        timeout = min(max(0.0, float(timeout)), threading.TIMEOUT_MAX)
         if self._finished:
             return self._channel.hurry(timeout)  # another thread may be at it
         state = self._checked_state(state)
@@ -550,6 +550,7 @@ class WorkerObserver(DisabledObserver):
 
 
 _current: Observer | None = None
+_connecting = threading.RLock()
 
 
 def connect(settings: ObserverSettings | None = None, **overrides: Any) -> Observer:
@@ -573,7 +574,8 @@ def connect(settings: ObserverSettings | None = None, **overrides: Any) -> Obser
     elif not isinstance(settings, ObserverSettings):
         raise SettingsError(f"connect() takes an ObserverSettings, not {type(settings).__name__}: pass its fields.")
     try:
-        return _connect(settings)
+        with _connecting:  # else two threads would each report as this rank
+            return _connect(settings)
     except SettingsError:
         raise
     except Exception as error:
@@ -648,8 +650,9 @@ def _forget(observer: Observer) -> None:
 
 
 def _after_fork() -> None:
-    global _current
+    global _current, _connecting
     observer, _current = _current, None
+    _connecting = threading.RLock()  # it may be held by a thread that only the parent has
     spans.active = None
     forget_runs()
     workers.after_fork()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -237,6 +239,55 @@ def test_each_run_of_a_process_tells_its_own_troubles(tmp_path: Path, caplog: py
             observer.log({"x": object()}, 0)
             observer.log({"x": object()}, 1)
         assert caplog.text.count("'x' is not logged") == 1
+
+
+@pytest.mark.usefixtures("writers")
+def test_threads_that_connect_at_once_share_one_observer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Barrier(2)
+
+    def identified() -> Identity:
+        with contextlib.suppress(threading.BrokenBarrierError):  # where the other one waits, as it should
+            begun.wait(0.5)
+        return Identity(0, 1, 0, 1)
+
+    monkeypatch.setattr(session, "identify", identified)
+    found: list[Observer] = []
+    threads = [
+        threading.Thread(
+            target=lambda: found.append(connect(project="p", mode="offline", log_dir=tmp_path, node_interval=0))
+        )
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    try:
+        assert found[0] is found[1]
+    finally:
+        for observer in found:
+            observer.finish(timeout=1)
+
+
+def test_a_fork_connects_though_another_thread_was_just_connecting() -> None:
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with session._connecting:
+            held.set()
+            over.wait(60)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        connected = connect(mode="disabled")
+        os._exit(0 if isinstance(connected, DisabledObserver) else 1)
+    over.set()
+    other.join(30)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), OSError(24, "Too many open files")])
