@@ -27,7 +27,7 @@ class Supersession:
         self._passes: dict[int, list[str]] = {}
         self._first: dict[tuple[int, str], dict[str, int]] = {}
         self._turns: dict[tuple[int, str], list[tuple[int, int]]] = {}
-        self.any = False
+        self._replaced: dict[int, tuple[str, dict[str, int]]] = {}  # of each rank the answer that was asked for last
 
     def arrived(self, rank: int, life: str) -> bool:
         """A life begins; whether it is a new one."""
@@ -64,29 +64,33 @@ class Supersession:
             return
         first = self._first.setdefault((rank, life), {})
         for step, name in _logged(event):
-            if step < first.get(name, step + 1):
-                first[name] = step
-                self.any = True
+            first[name] = min(step, first.get(name, step))
+        self._replaced.pop(rank, None)
 
     def stands(self, rank: int, life: str, step: int, name: str) -> bool:
         """Whether what this pass has logged at this step under this name has not been replaced."""
-        return all(step < first.get(name, step + 1) for first in self._later(rank, life))
+        return step < self._replaced_from(rank, life).get(name, step + 1)
 
     def standing(self, rank: int, life: str, scalars: Scalars) -> Scalars | None:
         """What is left of these values; None if nothing is."""
-        if not self._later(rank, life):
+        replaced, step = self._replaced_from(rank, life), scalars.step
+        if not replaced:
             return scalars
-        kept = {name: value for name, value in scalars.values.items() if self.stands(rank, life, scalars.step, name)}
+        kept = {name: value for name, value in scalars.values.items() if step < replaced.get(name, step + 1)}
         if len(kept) == len(scalars.values):
             return scalars
         return Scalars(scalars.step, scalars.time_ns, scalars.scope, kept) if kept else None
 
-    def _later(self, rank: int, life: str) -> list[dict[str, int]]:
-        """From which step on each later pass has logged a name."""
-        passes = self._passes.get(rank, [])
-        if not self.any or life not in passes or passes[-1] == life:
-            return []
-        return [self._first.get((rank, other), {}) for other in passes[passes.index(life) + 1 :]]
+    def _replaced_from(self, rank: int, life: str) -> dict[str, int]:
+        """From which step on later passes have logged a name."""
+        asked, replaced = self._replaced.get(rank, ("", {}))
+        if asked != life:
+            passes, replaced = self._passes.get(rank, []), {}
+            for later in passes[passes.index(life) + 1 :] if life in passes else []:
+                for name, step in self._first.get((rank, later), {}).items():
+                    replaced[name] = min(step, replaced.get(name, step))
+            self._replaced[rank] = life, replaced
+        return replaced
 
 
 def _pass(life: str, number: int) -> str:
