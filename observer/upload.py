@@ -232,6 +232,7 @@ class _Upload:
             try:
                 points = self._experiment.points(keys)
                 return lambda key, step, value: same(points[key].get(step), value)
-            except CloudError:
+            except CloudError as error:
                 self._exports = False
+                self._tell(f"Of each series only what lies beyond its highest step is uploaded: {error}.")
         return lambda key, step, value: step <= self._experiment.highest(key)

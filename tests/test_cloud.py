@@ -448,16 +448,20 @@ def test_sync_can_be_interrupted(tmp_path: Path, cloud: SwanLabCloud, monkeypatc
     assert cloud.only().state == "FINISHED"
 
 
-def test_a_server_that_cannot_export_points(tmp_path: Path, cloud: SwanLabCloud) -> None:
-    """An older deployment: then what lies beyond each series' highest step is uploaded."""
+@pytest.mark.parametrize("answer", [404, 503])
+def test_a_server_that_cannot_export_points(tmp_path: Path, cloud: SwanLabCloud, answer: int) -> None:
+    """An older deployment: then what lies beyond each series' highest step is uploaded, and that is told."""
     job = Job(tmp_path)
     job.log(range(STEPS))
     job.finish()
     for points in cloud.only().points.values():
         for step in range(150, STEPS):
             del points[step]
-    cloud.faults.append(Fault("export$", 404, count=100))
-    assert [run.uploaded for run in sync(tmp_path)] == [8 * 50]
+    cloud.faults.append(Fault("export$", answer, count=100))
+    (synced,) = sync(tmp_path)
+    assert synced.uploaded == 8 * 50
+    (notice,) = synced.notices
+    assert notice.startswith("Of each series only what lies beyond its highest step is uploaded: the server's points")
     assert cloud.only().points == expected(range(STEPS))
     assert cloud.only().repeated == 0
 
