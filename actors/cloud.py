@@ -201,6 +201,11 @@ class CloudExperiment:
         """Whether the experiment has this series."""
         return key in self._known
 
+    @property
+    def a_series(self) -> str | None:
+        """One that takes numbers, of those that the experiment has."""
+        return next((key for key in self._known if key != TABLE), None)
+
     def add_series(self, keys: list[str]) -> None:
         """Make series that take numbers."""
         from swanlab.proto.swanlab.metric.column.v1.column_pb2 import ColumnType

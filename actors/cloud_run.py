@@ -99,7 +99,7 @@ class CloudRun(Sink):
 
         def deliver() -> Withheld:
             """With what has come since the last attempt: it may show that the first rows are to blame."""
-            new = self._chunk()[len(rows) :]
+            new = self._chunk(beyond_table=bool(rows))[len(rows) :]
             rows.extend(new)
             missing.extend(row for row in map(self._missing, new) if row.values or row.table)
             return self._delivery.deliver(missing, next(attempts) > PERSISTENT) if missing else Withheld()
@@ -113,8 +113,8 @@ class CloudRun(Sink):
         self._forget(len(rows))
         self._on_delivered(self.delivered)
 
-    def _chunk(self) -> list[Row]:
-        """The rows of the next request; a table is a request of its own."""
+    def _chunk(self, beyond_table: bool) -> list[Row]:
+        """The rows of the next request; a table is one of its own, unless what lies beyond it is wanted as well."""
         rows: list[Row] = []
         scalars = 0
         with self._room:  # others come meanwhile
@@ -123,7 +123,7 @@ class CloudRun(Sink):
                     break
                 rows.append(row)
                 scalars += len(row.values)
-                if row.table is not None:
+                if row.table is not None and not beyond_table:
                     break
         return rows
 

@@ -117,9 +117,10 @@ class Delivery:
         try:
             self._experiment.add_table(row)
         except Refused as error:
-            if self._known_point is None:
+            series = self._experiment.a_series
+            if series is None:
                 raise CloudError(str(error)) from error
-            _ask(self._experiment.add_points, [self._known_point])
+            _ask(self._experiment.add_series, [series])
             self._notice(f"The SwanLab cloud does not take some completions ({error}); the journal has them.")
             return False
         return True

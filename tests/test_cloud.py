@@ -308,6 +308,23 @@ def test_a_refused_table_costs_no_scalar(tmp_path: Path, cloud: SwanLabCloud) ->
     status = job.finish()
     assert cloud.only().points == expected(range(6))
     assert ["does not take some completions" in notice for notice in status.notices] == [True]
+    synced = CliRunner().invoke(main, ["sync", str(job.cluster.files.paths[0].parent)])
+    assert synced.exit_code == 0, synced.output
+    assert "does not take some completions" in synced.output
+
+
+def test_a_refused_table_before_any_scalar_holds_up_nothing(tmp_path: Path, cloud: SwanLabCloud) -> None:
+    cloud.dislikes = lambda key, step: key == "rlhf_completions"
+    job = Job(tmp_path)
+    for observer in job.observers:
+        observer.log_completions([{"prompt": "p", "completion": "c"}], 1)
+        observer.progress(2)
+        assert observer.flush(20)
+    wait_until(lambda: bool(job.cluster.find().status().notices))
+    job.log(range(3))
+    status = job.finish()
+    assert cloud.only().points == expected(range(3))
+    assert (status.completions, status.completions_dropped, status.withheld) == (2, 2, 0)
 
 
 def test_what_its_client_cannot_even_send_costs_no_other(
