@@ -45,9 +45,8 @@ class Delivery:
         self._suspects: set[str] = set()
         """Names of which one value was refused, the only one there was then."""
         self._blame = False
-        self._known_name: str | None = None
-        self._known_point: Point | None = None
-        """What the cloud has taken, to ask whether it takes anything."""
+        self.known_point: Point | None = None
+        """One that the cloud has taken, to ask whether it takes anything."""
 
     def deliver(self, rows: list[Row], blame: bool = False) -> Withheld:
         """Send rows; what the cloud refuses is remembered, told and counted.
@@ -87,16 +86,14 @@ class Delivery:
 
     def _make_series(self, names: list[str]) -> None:
         new = [name for name in names if name not in self._refused and not self._experiment.has(name)]
-        for name, reason in self._sift(self._experiment.add_series, new, self._known_name).items():
+        for name, reason in self._sift(self._experiment.add_series, new, self._experiment.a_series).items():
             self._refuse(name, reason)
-        if new and new[-1] not in self._refused:
-            self._known_name = new[-1]
 
     def _send_points(self, points: list[Point]) -> dict[Point, Refused]:
         by_name = sorted(points, key=lambda point: point.key)  # those of a name stay in their order
-        refused = self._sift(self._experiment.add_points, by_name, self._known_point)
+        refused = self._sift(self._experiment.add_points, by_name, self.known_point)
         if points and points[-1] not in refused:
-            self._known_point = points[-1]
+            self.known_point = points[-1]
         if refused:
             self._remember(refused, {point.key for point in points if point not in refused})
         return refused

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from swanlab_ray.actors.account import find_account, same_host
 from swanlab_ray.actors.at_work import AtWork
-from swanlab_ray.actors.cloud import CHUNK_SCALARS, CloudError, CloudExperiment, same
+from swanlab_ray.actors.cloud import CHUNK_SCALARS, CloudError, CloudExperiment, Point, same
 from swanlab_ray.actors.delivery import Delivery
 from swanlab_ray.actors.history import Damaged, RunFiles, Summary, ending, find_runs, merged, summarise
 from swanlab_ray.actors.limits import HIGHEST_STEP, Limits, fit_time
@@ -213,6 +213,9 @@ class _Upload:
         missing = []
         for step, time_ns, values, table in self._rows:
             needed = {key: value for key, value in values.items() if not known(key, step, value)}
+            if self._exports and (present := values.keys() - needed.keys()):
+                key = min(present)
+                self._delivery.known_point = Point(key, step, time_ns, values[key])
             wanted = table if step > self._experiment.highest_table else None
             self.tables += wanted is not None
             if needed or wanted:

@@ -174,6 +174,9 @@ def test_a_value_that_the_server_refuses_for_good_costs_no_other(tmp_path: Path,
         "The SwanLab cloud does not take some values of 'rank/1/x' (HTTP 422: invalid metric); the journal has them."
     ]
     assert cloud.only().state == "FINISHED"
+    synced = CliRunner().invoke(main, ["sync", str(job.cluster.files.paths[0].parent)])  # of nothing but that value
+    assert synced.exit_code == 0, synced.output
+    assert "does not take some values of 'rank/1/x'" in synced.output
 
 
 @pytest.mark.parametrize("of", ["series", "points"])
@@ -207,6 +210,8 @@ def test_a_name_that_the_server_refuses_is_not_sent_again(tmp_path: Path, cloud:
     assert len(status.notices) == 2
     assert all("The SwanLab cloud does not take" in notice for notice in status.notices)
     assert requests < 15 * 2 + 30
+    synced = CliRunner().invoke(main, ["sync", str(job.cluster.files.paths[0].parent)])
+    assert synced.exit_code == 0, synced.output
 
 
 def test_a_name_over_which_the_server_stumbles_holds_up_nothing(
