@@ -7,7 +7,7 @@ from typing import Any
 
 from swanlab_ray.actors.protocol import Cell
 from swanlab_ray.observer.never_raises import str_of
-from swanlab_ray.observer.values import HostCopy
+from swanlab_ray.observer.values import HostCopy, NotANumber, undistributed
 
 Columns = dict[str, list[Any]]
 """Of cells, see :data:`swanlab_ray.actors.protocol.Cell`; while they are made, also of copies from a GPU."""
@@ -32,8 +32,8 @@ def columns_of(rows: Sequence[Mapping[Any, Any]], reject: Callable[[str, str], N
             try:
                 cells.append(plain_cell(value))
             except Exception as error:  # a value may be anything
-                why = str(error) if isinstance(error, NoCell) else f"{type(value).__name__} cannot be read"
-                reject(str_of(name), why)
+                told = isinstance(error, (NoCell, NotANumber))
+                reject(str_of(name), str(error) if told else f"{type(value).__name__} cannot be read")
                 cells.append(None)
         columns[plain_text(str_of(name))] = cells
     return columns
@@ -45,6 +45,7 @@ def plain_cell(value: Any) -> Cell | HostCopy:
 
     Raises:
         NoCell: it is none of these.
+        NotANumber: it is a part of one.
         Exception: what the value itself raises.
     """
     if isinstance(value, int) and abs(value) >= 1 << 63:
@@ -58,6 +59,7 @@ def plain_cell(value: Any) -> Cell | HostCopy:
         return value.encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
     if isinstance(value, (list, tuple)) and all(isinstance(message, Mapping) for message in value):
         return plain_text(value)
+    value = undistributed(value)
     if getattr(value, "is_cuda", False) and value.numel() == 1:
         return HostCopy(value.reshape(()))
     item = getattr(value, "item", None)

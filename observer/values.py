@@ -27,7 +27,7 @@ DEEPEST = 32
 
 def _to_float(value: Any) -> float:
     try:
-        value = _whole(value)
+        value = undistributed(value)
         if getattr(value, "is_cuda", False):
             raise OnDevice
         if isinstance(value, HostCopy):
@@ -46,7 +46,7 @@ def _to_float(value: Any) -> float:
     raise NotANumber(f"{type(value).__name__} is not a number; log numbers")
 
 
-def _whole(value: Any) -> Any:
+def undistributed(value: Any) -> Any:
     """The tensor that a DTensor stands for, where this rank has all of it.
 
     Raises:
@@ -132,7 +132,7 @@ def _number(value: Any) -> float | HostCopy:
         return _to_float(value)
     except OnDevice:
         try:
-            return HostCopy(_whole(value).reshape(()))
+            return HostCopy(undistributed(value).reshape(()))
         except NotANumber:
             raise
         except Exception:

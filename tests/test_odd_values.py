@@ -246,6 +246,16 @@ def test_a_part_of_a_tensor_is_not_logged_as_if_it_were_the_whole(
     )
 
 
+def test_nor_is_a_part_of_a_tensor_in_a_row(
+    link: ShakyLink, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    observer.log_completions([{"whole": DTensor(True), "part": DTensor(False), "x": 1.0}], 0)
+    assert observer.finish()
+    (rows,) = [event for event in link.taken if isinstance(event, Completions)]
+    assert rows.columns == {"whole": [1.5], "part": [None], "x": [1.0]}
+    assert "'part' is not logged: it is only this rank's part of a DTensor (P(sum))" in caplog.text
+
+
 ODD_CALLS: list[Callable[[Any], object]] = [
     lambda observer: observer.log(Hostile(), Hostile()),
     lambda observer: observer.log(Unbound(), Unbound()),
