@@ -7,7 +7,8 @@ has begun finds the higher epoch, and acknowledges nothing any more.
 One thread writes: it takes all that waits, writes it, syncs it, looks for a higher epoch, and only then reports it as
 committed (group commit). What a failed attempt has left behind is cut off, and the same records are written again: in
 the same place where the disk was full, else in the next file, since after a failed sync nobody knows what is on the
-disk. A file in which nothing was committed is not left behind. Readers skip what they have seen already.
+disk. A file in which attempts have failed and nothing was committed is not left behind. Readers skip what they have
+seen already.
 """
 
 from __future__ import annotations
