@@ -282,7 +282,7 @@ class Channel:
         if not self._rescued and not self._done_within(timeout - slack / 2):
             self._rescue(slack / 2)
         statistics = self.statistics()
-        return self.done.is_set() and statistics.acknowledged == statistics.logged
+        return statistics.acknowledged == statistics.logged
 
     def _done_within(self, seconds: float) -> bool:
         return self.done.is_set() or (self.thread.is_alive() and self.done.wait(seconds))
@@ -690,7 +690,8 @@ class Channel:
 
     def _put_aside(self) -> None:
         """Put what could not be sent on disk, and count what could not even be put there."""
-        if not self.statistics().waiting and not (self._spool and self._spool.events):
+        spool = self._spool
+        if not self.statistics().waiting and (spool is None or spool.closed or not spool.events):
             return
         reason = self.last_error or "no time left"
         for _ in range(COLLECTED_AT_END):

@@ -60,7 +60,8 @@ class Spool:
         self._disk = disk or Disk()
         self._segments: deque[_Segment] = deque()
         self._made = 0  # segments
-        self._closed = False
+        self.closed = False
+        """What is in it is kept for good."""
         self.events = 0
         """Events in the batches that the writer has not acknowledged; kept by the channel."""
 
@@ -125,8 +126,8 @@ class Spool:
 
     def close(self, *last: Entry) -> None:
         """Keep what was not acknowledged, on the disk for good, and with it how this rank began and ended."""
-        if self._segments and not self._closed:
-            self._closed = True
+        if self._segments and not self.closed:
+            self.closed = True
             file = self._segments[-1].file
             file.append([pack(entry) for entry in last])
             file.sync()

@@ -171,6 +171,28 @@ def test_finish_returns_in_its_deadline_when_nobody_answers(link: ShakyLink, obs
     assert observer.statistics().spooled == 1
 
 
+def test_what_was_put_aside_is_told_once(link: ShakyLink, observer: Observer, caplog: pytest.LogCaptureFixture) -> None:
+    assert observer.wait_ready(10)
+    link.mute = True
+    observer.log({"x": 1}, 0)
+    assert not observer.finish(timeout=1)
+    assert caplog.text.count("1 event of this rank did not reach the writer") == 1
+
+
+def test_a_connection_that_does_not_close_makes_nothing_untrue(tmp_path: Path) -> None:
+    over = threading.Event()
+
+    class Closing(ShakyLink):
+        def close(self) -> None:
+            over.wait(60)
+
+    observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), Closing())
+    observer.log({"x": 1}, 0)
+    assert observer.flush()
+    assert observer.finish(timeout=1)
+    over.set()
+
+
 def test_steps_count_up_where_none_is_given(link: ShakyLink, observer: Observer) -> None:
     observer.log({"x": 0})
     observer.log({"x": 1})
