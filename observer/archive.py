@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from swanlab_ray.actors.batches import BatchReader
 from swanlab_ray.actors.history import (
     KILLED,
     Damaged,
+    Life,
     RunFiles,
     Summary,
     ending,
@@ -90,8 +92,13 @@ class Run:
 
     @property
     def only_spooled(self) -> bool:
-        """No writer took it: its events lie in the spools of its ranks."""
+        """It has no journal here: its events lie in the spools of its ranks."""
         return not self.files.journals
+
+    @property
+    def untaken(self) -> bool:
+        """No writer has had anything of it, as far as the numbers of what was put aside tell."""
+        return self.only_spooled and not any(life.missing for life in self.summary.lives.values())
 
     @property
     def damage(self) -> list[Damaged]:
@@ -198,41 +205,43 @@ def find(log_dir: Path, run_id: str | None) -> Run | None:
 def _accounts(journal: Summary, everything: Summary, spooled: dict[tuple[int, str], int]) -> Iterator[Account]:
     damaged = any(not found.damage.torn for found in journal.damaged)
     ranks = everything.ranks()
-    for rank in sorted(ranks.keys() | {rank for rank, _ in spooled}):
-        lives = {life: said for (number, life), said in journal.lives.items() if number == rank}
+    for rank in sorted({rank for rank, _ in everything.lives}):
+        lives = {life: whole for (number, life), whole in everything.lives.items() if number == rank}
         last = ranks[rank][-1] if rank in ranks else None
         written = logged = aside = on_the_way = missing = refused = 0
         dropped: dict[str, int] = {}
-        for name, said in lives.items():
-            counts = said.ended.counts if said.ended else Counts()
-            kept = max(spooled.pop((rank, name), 0), counts.spooled)
+        for name, whole in lives.items():
+            said = journal.lives.get((rank, name), Life())
+            # What a rank has put aside tells more of its end than a writer that has lost it.
+            ended = said.ended if said.ended and said.ended.state != "lost" else whole.ended
+            counts = ended.counts if ended else Counts()
+            kept = max(spooled.get((rank, name), 0), counts.spooled)
             lost = {reason: count for reason, count in counts.dropped.items() if reason != KILLED}
             refused += counts.refused
             rest = max(0, counts.logged - said.events - kept - sum(lost.values()))
             written, aside = written + said.events, aside + kept
             logged += said.events + kept + sum(lost.values()) + rest
-            gone = sum(last - first + 1 for first, last in said.missing)
+            gone = sum(last - first + 1 for first, last in whole.missing)
             if gone or damaged:  # then nobody can say that it was never written
                 missing += max(rest, gone)
                 logged += max(0, gone - rest)
-            elif said.ended is None:
+            elif ended is None:
                 on_the_way += rest
-            elif said.ended.state == "lost" and rest:
+            elif ended.state == "lost" and rest:
                 lost[KILLED] = rest
             else:
                 missing += rest
             for reason, count in lost.items():
                 dropped[reason] = dropped.get(reason, 0) + count
-        strays = sum(events for (number, _), events in spooled.items() if number == rank)  # of lives only a spool knows
         yield Account(
             rank=rank,
             lives=len(lives),
             state="unknown" if last is None else last.ended.state if last.ended else "running",
             error=last.ended.error if last and last.ended else None,
             host=last.arrived.host if last and last.arrived else "",
-            logged=logged + strays,
+            logged=logged,
             written=written,
-            spooled=aside + strays,
+            spooled=aside,
             dropped=dropped,
             on_the_way=on_the_way,
             missing=missing,
@@ -241,11 +250,13 @@ def _accounts(journal: Summary, everything: Summary, spooled: dict[tuple[int, st
 
 
 def missing_files(run: RunFiles) -> list[str]:
-    """Journal files that must have been there, by the numbers of the others."""
+    """Journal files that must have been there, by the numbers of the others: names, and the first and last of many."""
     names = []
     for directory in {path.parent for path in run.journals}:
-        there = journal_files(directory)
-        names += [f"journal-{epoch:06d}.log" for epoch in range(1, max(there, default=0)) if epoch not in there]
+        there = [0, *journal_files(directory)]
+        for before, after in pairwise(there):
+            first, last = (f"journal-{epoch:06d}.log" for epoch in (before + 1, after - 1))
+            names += [first] if after == before + 2 else [f"{first} to {last}"] if after > before + 2 else []
     return names
 
 
@@ -395,8 +406,9 @@ def _places(run: Run) -> Iterator[str]:
         )
     else:
         directory = run.files.paths[0].parent
+        why = "no writer took this run: its" if run.untaken else "the journal of this run is not here: the other"
         yield (
-            f"  no writer took this run: its {summary.events} events lie in {spools} spool file{'s' * (spools != 1)} "
+            f"  {why} {summary.events} events lie in {spools} spool file{'s' * (spools != 1)} "
             f"of its ranks, {_size(summary.size)}, {directory}; "
             f"upload them with: swanlab-ray sync {shlex.quote(str(directory))}"
         )

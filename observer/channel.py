@@ -282,7 +282,7 @@ class Channel:
         if not self._rescued and not self._done_within(timeout - slack / 2):
             self._rescue(slack / 2)
         statistics = self.statistics()
-        return statistics.acknowledged == statistics.logged
+        return statistics.acknowledged == statistics.logged - self._late
 
     def _done_within(self, seconds: float) -> bool:
         return self.done.is_set() or (self.thread.is_alive() and self.done.wait(seconds))
@@ -425,6 +425,7 @@ class Channel:
         self._show_life(now=pressing and bool(self._window) and all(batch.taken for batch in self._window))
         if finishing and not (self._window or self._more_to_send() or self.queue):
             self._say_goodbye()
+            self._count_stragglers()
             return True
         if pressing and not any(batch.reference is not None for batch in self._window):
             self._sleep(self._poll)  # for the disk, for room, or for a GPU
@@ -684,6 +685,11 @@ class Channel:
                 with self._away():
                     self.outcome = self._link.wait_closed(self._deadline)
                 self._show(self.outcome.notices[farewell.told :] if self.outcome else [])
+
+    def _count_stragglers(self) -> None:
+        """A thread that was at a call of log() when finish() began may have been overtaken by the goodbye."""
+        while self.queue:
+            self.put_late(self.queue.popleft())
 
     def _out_of_time(self) -> bool:
         return time.monotonic() >= self._deadline

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from inspect import signature
 from typing import Any
 
@@ -99,7 +99,8 @@ def joining() -> Iterator[None]:
     Below ``uv run`` it would pack the working directory and start the writer through uv; its hook is a constant of
     Ray's. And where the raylet of this machine does not listen (it was killed, or its socket was cleaned away) Ray's
     core ends the process with code 1, so it is looked at before, where Ray has chosen the node. What befalls the writer
-    Ray would print in the training, thousands of lines of it.
+    Ray would print in the training, thousands of lines of it. It also turns on faulthandler, which needs a standard
+    error with a descriptor.
     """
     from ray._private import ray_constants, services, worker
 
@@ -117,8 +118,14 @@ def joining() -> Iterator[None]:
                 raise RayletGone(f"Ray's node on this machine has ended or lost its socket {path}")
         return node
 
-    listen = getattr(worker, "listen_error_messages", None)
+    def enable(*args: Any, **kwargs: Any) -> None:
+        with suppress(Exception):  # standard error is a notebook's, a logger's, or none, and has no descriptor
+            dump(*args, **kwargs)
 
+    listen = getattr(worker, "listen_error_messages", None)
+    dump = faulthandler.enable
+
+    faulthandler.enable = enable
     if hook is not None:
         setattr(ray_constants, UV_HOOK, False)
     if listen is not None:
@@ -128,6 +135,7 @@ def joining() -> Iterator[None]:
     try:
         yield
     finally:
+        faulthandler.enable = dump
         if hook is not None:
             setattr(ray_constants, UV_HOOK, hook)
         if choose is not None:

@@ -111,7 +111,8 @@ class Observer:
         """Names of the tokenizers that the writer was sent."""
         self._finished = False
         self._pid_namespace = pid_namespace()
-        self.spans = SpanLog(self.send, lambda: self._last_step + 1, settings.cuda_spans)
+        # Straight to the channel: what was measured before finish() is still sent while that is under way.
+        self.spans = SpanLog(lambda event: self._channel.put(event), lambda: self._last_step + 1, settings.cuda_spans)
         """Takes what :meth:`span` measures; for callbacks."""
         self._watch = ExitWatch(self._at_exit)
         self._termination = TerminationWatch(self._at_sigterm)
@@ -361,7 +362,7 @@ class Observer:
             timeout: seconds after which it returns; what is left by then is put on disk.
 
         Returns:
-            Whether everything this rank logged is in the writer's journal.
+            Whether everything this rank had logged before is in the writer's journal.
         """
         if isinstance(self._channel, NoChannel):
             return True
@@ -371,6 +372,8 @@ class Observer:
         state = self._checked_state(state)
         warn_of_a_later_group(self.rank, self.world_size)
         self._finished = True
+        # From here on; another thread may log on for as long as this takes.
+        self._put = self._append = self._channel.put_late
         if self._node is not None:
             self._node.stop()
         self.spans.close()
@@ -389,7 +392,6 @@ class Observer:
         )
         self._watch.stop()
         self._termination.stop()
-        self._put = self._append = self._channel.put_late
         self.outcome = self._channel.outcome
         if self.outcome is not None:
             logger.info(ending(self.outcome))
@@ -403,7 +405,7 @@ class Observer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
+        if error is None or isinstance(error, GeneratorExit):  # whoever went through a generator needs no more of it
             self.finish()
         else:
             self.finish(*describe(error))

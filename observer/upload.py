@@ -30,7 +30,7 @@ OF_THE_RUN = (
 )
 """Settings of a journal that an upload goes by."""
 UNENDED = "the run has no end: its writer was killed, and nobody took over"
-UNTAKEN = "no writer took this run: only what ranks kept on their disks is here"
+UNTAKEN = "the run has no journal here: only what its ranks had put aside"
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ def _to_float(value: Any) -> float:
             raise OnDevice
         if isinstance(value, HostCopy):
             value = value.read()
+        if getattr(value, "mask", False) is not False and bool(value.mask):
+            raise NotANumber(f"{type(value).__name__} is masked; log numbers")
         detach = getattr(value, "detach", None)  # a tensor that needs a gradient warns when it is read
         if detach is not None:
             value = detach()

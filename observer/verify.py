@@ -101,8 +101,10 @@ def _check(files: RunFiles, say: Callable[[str], None]) -> bool:
     say(f"run {files.run_id}: {run.state}")
     if files.ambiguous:
         say(f"  {archive.AMBIGUOUS}")
-    if run.only_spooled:
+    if run.untaken:
         say("  no writer took it: upload it with swanlab-ray sync")
+    elif run.only_spooled:
+        say("  its journal is not here: upload what ranks had put aside with swanlab-ray sync")
     reports = [inspect(path) for path in files.paths]
     for report in reports:
         _tell_file(report, say)

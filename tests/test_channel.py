@@ -524,3 +524,33 @@ def test_whoever_waits_may_wait_for_ever(link: ShakyLink, observer: Observer, ti
     assert observer.flush(timeout)
     assert observer.finish(timeout=timeout)
     assert len(link.goodbyes) == 1
+
+
+def test_a_thread_that_logs_on_while_a_run_ends_holds_that_up_not(link: ShakyLink, observer: Observer) -> None:
+    """What it logs from finish() on comes too late, and is counted; what it had logged before arrives."""
+    stop = threading.Event()
+
+    def watch_gpu() -> None:
+        step = 0
+        while not stop.is_set():
+            observer.log({"gpu": 1.0}, step)
+            step += 1
+            stop.wait(0.0005)
+
+    watching = threading.Thread(target=watch_gpu)
+    watching.start()
+    wait_until(lambda: len(link.taken) > 20)
+    link.mute = True
+    threading.Timer(1.0, lambda: setattr(link, "mute", False)).start()
+    began = time.monotonic()
+    assert observer.finish(timeout=60)
+    assert time.monotonic() - began < 30
+    stop.set()
+    watching.join()
+    statistics = observer.statistics()
+    late = statistics.dropped[channel_module.LATE]
+    assert set(statistics.dropped) == {channel_module.LATE}
+    assert (statistics.waiting, statistics.spooled) == (0, 0)
+    assert statistics.logged == statistics.acknowledged + late
+    assert link.steps() == list(range(statistics.acknowledged))
+    assert 0 < link.goodbyes[0].counted.dropped[channel_module.LATE] <= late

@@ -705,7 +705,7 @@ def test_a_lone_spool_is_uploaded_and_what_is_missing_is_said(
     (synced,) = sync(tmp_path)
     assert cloud.only().points["x"] == {step: float(step) for step in range(20)}
     assert cloud.only().state == "CRASHED"
-    assert "no writer took this run" in cloud.only().logs[0]["message"]
+    assert "the run has no journal here" in cloud.only().logs[0]["message"]
     assert synced.notices == ("Of 2 ranks 1 are missing: give the paths of their files and journal as well.",)
 
 

@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from swanlab_ray.actors.history import find_runs
+from swanlab_ray.actors.journal import run_directory
 from swanlab_ray.actors.records import VERSION, Alert, Entry
+from swanlab_ray.observer import archive
 from swanlab_ray.observer import channel as channel_module
+from swanlab_ray.observer import session as session_module
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.spool import how_to_upload
 from tests.incarnations import Cluster, Link, rank, settings_for
@@ -177,3 +181,55 @@ def test_two_runs_of_one_id_in_two_log_directories_are_not_silently_one(tmp_path
     for arguments in (["verify", tmp_path], ["show", "--log-dir", tmp_path]):
         assert "its journals lie in several directories and count as one run" in invoke(*arguments).stdout
     assert "several directories" not in invoke("verify", tmp_path / "a").stdout
+
+
+def test_a_spool_whose_journal_is_gone_or_cut_off_is_not_the_whole_run(tmp_path: Path) -> None:
+    """A writer had acknowledged what came before; and the rank's own account is in the spool."""
+    cluster = Cluster(settings_for(tmp_path))
+    link = Link(cluster)
+    observer = rank(cluster, link)
+    observer.log({"x": 0.0}, 0)
+    assert observer.flush(20)
+    observer.log({"x": 1.0, "bad": 1j}, 1)
+    assert observer.flush(20)
+    link.cut = True
+    observer.log({"x": 2.0}, 2)
+    assert not observer.finish(timeout=1)
+    observer.log({"x": 3.0}, 3)
+    cluster.kill()
+    (journal,) = tmp_path.rglob("journal-*.log")
+    journal.unlink()
+    run = archive.load_run(cluster.files)
+    (account,) = run.accounts
+    assert (run.only_spooled, run.untaken) == (True, False)
+    assert (account.spooled, account.missing, account.refused) == (1, 2, 1)
+    assert account.logged == account.written + account.spooled + sum(account.dropped.values()) + account.missing
+    shown = "\n".join(archive.describe(run))
+    assert "the journal of this run is not here: the other 1 events lie in 1 spool file" in shown
+
+
+def test_what_a_rank_had_to_drop_stands_in_its_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_module, "CAPACITY", 50)
+    monkeypatch.setattr(session_module, "CAPACITY", 50)
+    cluster = Cluster(settings_for(tmp_path))
+    link = Link(cluster)
+    link.cut = True
+    observer = rank(cluster, link)
+    with observer._channel._owned:  # the flusher stands still meanwhile
+        for step in range(200):
+            observer.log({"x": float(step)}, step)
+    assert not observer.finish(timeout=1)
+    (account,) = archive.load_run(cluster.files).accounts
+    assert (account.logged, account.spooled) == (200, 50)
+    assert account.dropped == {channel_module.OVERFLOW: 150}
+
+
+def test_files_that_are_not_there_are_told_as_a_range(tmp_path: Path) -> None:
+    directory = run_directory(tmp_path, "r")
+    for epoch in (1, 3, 10**12):
+        write_file(directory / f"journal-{epoch:06d}.log", header("r", epoch=epoch))
+    (run,) = find_runs([tmp_path])
+    assert archive.missing_files(run) == [
+        "journal-000002.log",
+        "journal-000004.log to journal-999999999999.log",
+    ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import logging
 import os
 import re
+import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -336,3 +338,24 @@ def test_a_script_that_uses_ray_after_connect_has_its_own(launch: Launch) -> Non
     assert done.code == 0, done.output
     assert "task 2" in done.output
     assert re.search(r"logged=2, acknowledged=2, spooled=0, dropped=\{\}", done.output), done.output
+
+
+@pytest.mark.parametrize("kind", ["none", "a logger"])
+def test_a_standard_error_without_a_descriptor_is_no_matter_for_joining(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a script writes its output to a file as well; Ray's faulthandler wants a real one."""
+    monkeypatch.setattr(sys, "stderr", None if kind == "none" else Tee())
+    enabled = faulthandler.enable
+    with pytest.raises((AttributeError, RuntimeError)):
+        enabled()
+    with guards.joining():
+        faulthandler.enable(all_threads=False)
+    assert faulthandler.enable is enabled
+
+
+class Tee:
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None: ...
