@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 import zstandard
 
+from swanlab_ray.actors.secret_shapes import MASK, hides, sensitivity
+
 NAMESPACE = "swanlab-ray"
 """The Ray namespace of every writer."""
 
@@ -484,7 +486,8 @@ def _flatten(values: dict[Any, Any], prefix: str, into: dict[str, float], reject
         elif isinstance(value, (int, float)):
             into[key] = float(value)
         else:
-            rejected.append(Rejected(key, f"{_shown(value)} is not a number"))
+            hidden = isinstance(value, str) and hides(sensitivity(key), value)
+            rejected.append(Rejected(key, f"{f'str {MASK}' if hidden else _shown(value)} is not a number"))
 
 
 def _shown(value: Any) -> str:

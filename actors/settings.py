@@ -19,7 +19,13 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from swanlab_ray.actors import naming
 from swanlab_ray.actors.rules import parse
@@ -218,6 +224,9 @@ class ObserverSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        if isinstance(env_settings, EnvSettingsSource):  # a blank variable says nothing either
+            given = env_settings.env_vars.items()
+            env_settings.env_vars = {name: value for name, value in given if value is None or value.strip()}
         return init_settings, env_settings
 
     @property
@@ -304,6 +313,13 @@ class ObserverSettings(BaseSettings):
         if not value.startswith(("http://", "https://")):
             told = value.rpartition("@")[2]
             raise ValueError(f"{told!r} is not a web address: write it as https://swanlab.example.com")
+        try:
+            parts = urlsplit(value)
+            known = bool(parts.hostname) and (parts.port is None or parts.port > 0) and not re.search(r"\s", value)
+        except ValueError:  # the port is no number, or an IPv6 address has no end
+            known = False
+        if not known:
+            raise ValueError("it names no host and port: write it as https://swanlab.example.com")
         # SwanLab uses neither a user nor a query there; both may hold a secret, and settings are kept in files.
         return re.sub(r"(?<=//)[^/?#]*@|[?#].*", "", value)
 

@@ -64,6 +64,7 @@ from swanlab_ray.actors.records import (
 )
 from swanlab_ray.actors.reducer import Reducer
 from swanlab_ray.actors.restarts import Restarts
+from swanlab_ray.actors.secret_shapes import masked
 from swanlab_ray.actors.sessions import Sessions, same_place
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.sink import FINISH_DEADLINE_S, Sink, stderr
@@ -784,6 +785,7 @@ class Writer:
         self._journal.append(rank.end())
 
     def _notice(self, sentence: str) -> None:
+        sentence = masked(sentence)
         if sentence not in self._notices:
             self._notices.append(sentence)
             self._journal.append(Alert(text=sentence))

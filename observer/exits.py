@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from swanlab_ray.actors.protocol import State
-from swanlab_ray.observer.secret_shapes import masked
+from swanlab_ray.actors.secret_shapes import masked
 
 TRACEBACK_FRAMES = 12
 LONGEST_HEADLINE = 4_000

@@ -8,8 +8,8 @@ import sys
 from collections import deque
 from contextlib import suppress
 
+from swanlab_ray.actors.secret_shapes import masked
 from swanlab_ray.actors.text import harmless
-from swanlab_ray.observer.secret_shapes import masked
 
 UNSAID = 100
 """Lines that wait for a terminal that takes nothing; the oldest go first."""

@@ -202,12 +202,19 @@ def _keeper_environment() -> dict[str, str]:
     """The rank's environment without what tells it that it is a rank, and without its GPUs."""
     ranks_own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "RAY_ADDRESS")
     # A library's warning would end the keeper, and the writer, which are nobody's to debug.
-    debugging = ("PYTHONWARNINGS", "PYTHONDEVMODE", "PYTHONINSPECT", "PYTHONPROFILEIMPORTTIME", "PYTHONTRACEMALLOC")
+    debugging = (
+        "PYTHONOPTIMIZE",
+        "PYTHONWARNINGS",
+        "PYTHONDEVMODE",
+        "PYTHONINSPECT",
+        "PYTHONPROFILEIMPORTTIME",
+        "PYTHONTRACEMALLOC",
+    )
     kept = {
         name: value
         for name, value in os.environ.items()
         if name not in ranks_own
-        and name not in debugging
+        and name.removeprefix("PYTHON") not in debugging
         and not name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_", "OMP_", "SWANLAB_", "OBSERVER_", "RAY_JOB_"))
     }
     return kept | {"CUDA_VISIBLE_DEVICES": ""}

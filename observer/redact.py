@@ -18,7 +18,7 @@ from enum import Enum
 from itertools import islice
 from typing import Any
 
-from swanlab_ray.observer.secret_shapes import MASK, Sensitivity, hides, masker, sensitivity
+from swanlab_ray.actors.secret_shapes import MASK, Sensitivity, hides, masker, sensitivity
 
 DEEPEST = 32
 """Values within each other that are kept."""

@@ -18,8 +18,8 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
+from swanlab_ray.actors.secret_shapes import masker
 from swanlab_ray.actors.text import one_line
-from swanlab_ray.observer.secret_shapes import masker
 
 UNBOUNDED = 10_000
 """Characters of a line where no terminal folds them."""

@@ -33,6 +33,7 @@ from swanlab_ray.actors.protocol import (
     State,
     WriterStatus,
 )
+from swanlab_ray.actors.secret_shapes import hide, masked
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError, check_writable
 from swanlab_ray.actors.status import ending
 from swanlab_ray.actors.version import package_version
@@ -57,7 +58,6 @@ from swanlab_ray.observer.node_metrics import NodeMetrics
 from swanlab_ray.observer.notices import logger, say_again, warn_once
 from swanlab_ray.observer.pulse import Pulse
 from swanlab_ray.observer.redact import configuration
-from swanlab_ray.observer.secret_shapes import hide, masked
 from swanlab_ray.observer.spans import NO_SPAN, NoSpan, Span, SpanLog
 from swanlab_ray.observer.spool import Spool
 from swanlab_ray.observer.termination import TerminationWatch

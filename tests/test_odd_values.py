@@ -287,6 +287,28 @@ def test_no_call_of_an_observer_that_observes_nothing_raises(call: Callable[[Any
     call(DisabledObserver(ObserverSettings(mode="disabled"), Identity(0, 1, 0, 1)))
 
 
+def test_what_is_masked_is_no_number(link: ShakyLink, observer: Observer, caplog: pytest.LogCaptureFixture) -> None:
+    observer.log(
+        {"constant": np.ma.masked, "array": np.ma.array(3.0, mask=True), "shown": np.ma.array(3.0, mask=False)}, 0
+    )
+    assert observer.finish()
+    assert arrived(link) == {"shown": 3.0}
+    assert "'constant' is not logged: MaskedConstant is masked; log numbers." in caplog.text
+
+
+def test_a_text_under_the_name_of_a_secret_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mortal(monkeypatch)
+    cluster = Cluster(settings_for(tmp_path))
+    observer = rank(cluster, Link(cluster))
+    observer.log({"pwd": "zqXy185Kd8sPq2LmZ", "note": "hello", "x": 1.0}, 0)
+    assert observer.finish()
+    assert "'pwd' is not logged: str *** is not a number" in caplog.text
+    assert "'note' is not logged: str 'hello' is not a number" in caplog.text
+    assert "zqXy185Kd8sPq2LmZ" not in caplog.text
+
+
 def test_strict_raises_where_others_are_warned(link: ShakyLink, tmp_path: Path) -> None:
     settings = ObserverSettings(project="p", mode="offline", log_dir=tmp_path, strict=True)
     observer = Observer(settings, Identity(0, 1, 0, 1), link)

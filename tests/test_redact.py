@@ -25,9 +25,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr
 
+from swanlab_ray.actors import secret_shapes
+from swanlab_ray.actors.secret_shapes import masked, masker
 from swanlab_ray.observer import redact
 from swanlab_ray.observer.redact import plain
-from swanlab_ray.observer.secret_shapes import masked, masker
 
 # Values.
 
@@ -253,7 +254,9 @@ SECRET_NAMES = [
     "ssh_key", "ssh_private_key", "signing_key", "account_key", "authorization", "Authorization",
     "proxy_authorization", "bearer", "passphrase", "password", "passwd", "db_passwd", "db_pass", "pwd", "dsn",
     "sentry_dsn", "cookie", "cookies", "set_cookie", "credentials", "creds", "webhook", "webhook_url",
-    "swanlab_lark_webhook_url", "lark_secret", "auth", "basic_auth", "jwt",
+    "swanlab_lark_webhook_url", "lark_secret", "auth", "basic_auth", "jwt", "auth_header", "cred", "pw", "root_pw",
+    "connection_string", "pin", "otp", "totp_seed", "slack_hook", "OSS_AK", "OSS_SK", "ak", "sk", "sso_ticket", "hmac",
+    "salt", "密码", "数据库密码", "密钥", "令牌",
 ]  # fmt: skip
 
 
@@ -281,7 +284,10 @@ PLACES: list[Any] = [
     f"https://qyapi.weixin.qq.com/cgi-bin/webhook/send?key={S}",
     f"https://oapi.dingtalk.com/robot/send?access_token={S}",
     f"https://bucket.s3.amazonaws.com/x?X-Amz-Signature={S}", {"service_account": {"private_key": S}},
-    {"cache_key": f"{S}4f5a6b7c8d9e"},
+    {"cache_key": f"{S}4f5a6b7c8d9e"}, f"https://www.feishu.cn/flow/api/trigger-webhook/{S}",
+    f"machine h login u password {S}", f'password = """{S}"""', f"<password>{S}</password>",
+    f'{{"text": "{{\\"api_key\\": \\"{S}\\"}}"}}', f"curl -s -u bob:{S} https://h", f"sshpass -p {S} ssh h",
+    f"mysql -u root -p{S} db",
 ]  # fmt: skip
 
 
@@ -314,6 +320,11 @@ def test_a_secret_is_known_by_its_shape(secret: str) -> None:
 def test_a_secret_that_this_process_was_given_is_known_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "zqxjkvbnm-1")
     monkeypatch.setenv("PWD", "/home/user/project-1")
+    monkeypatch.setenv("DB_PASSWORD", "correcthorsebatterystaple")
+    monkeypatch.setenv("REGISTRY_TOKEN", "/w4slash/base64+")
+    monkeypatch.setenv("TLS_KEY", "first line of 1 key\nsecond line of 1 key")
+    for secret in ("correcthorsebatterystaple", "/w4slash/base64+", "second line of 1 key"):
+        assert masked(f"it is {secret}.") == "it is ***."
     assert plain({"note": "the key is zqxjkvbnm-1.", "dir": "/home/user/project-1/x"}) == {
         "note": "the key is ***.",
         "dir": "/home/user/project-1/x",
@@ -334,7 +345,8 @@ READABLE: dict[str, Any] = {
     "use_auth_token": False, "suppress_tokens": [1, 2], "forced_bos_token_id": 3, "decoder_start_token_id": 1,
     "split_special_tokens": False, "num_key_value_heads": 8, "key_dim": 64, "hidden_size": 4096,
     "_name_or_path": "Qwen/Qwen2.5-7B-Instruct", "lr_scheduler_type": "cosine", "optim": "adamw_torch_fused",
-    "hub_model_id": "me/model", "push_to_hub": False, "hub_private_repo": True, "hub_strategy": "every_save",
+    "hub_model_id": "me/model", "dataloader_pin_memory": True, "mask": "causal", "hooks": ["nan"], "top_k": "50",
+    "push_to_hub": False, "hub_private_repo": True, "hub_strategy": "every_save",
     "resume_from_checkpoint": "/data/checkpoint-500", "report_to": ["wandb", "swanlab"],
     "run_name": "sk-learn-classifier-v2-large", "output_dir": "/data/out/task-2024-abc", "torch_dtype": "bfloat16",
     "attn_implementation": "flash_attention_2", "label_names": ["labels"], "seed": 42,
@@ -420,3 +432,16 @@ def test_a_variable_that_another_thread_takes_away_costs_no_message() -> None:
 
     mask = masker(Environment({"MY_TOKEN": "0123abcd4567"}))
     assert mask("with 0123abcd4567") == "with ***"
+
+
+def test_our_own_sentences_stay_whole() -> None:
+    sentence = "Invalid swanlab_lark_webhook_url: copy it from the bot's settings"
+    assert masked(sentence) == sentence
+    assert masked("run next-token: success") == "run next-token: success"
+
+
+def test_a_bot_s_address_is_known_by_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has that can write to the group."""
+    monkeypatch.setattr(secret_shapes, "_hidden", set())
+    secret_shapes.hide("https://lark.example/open-apis/bot/v2/hook/zqx-987")
+    assert masked("the hook is zqx-987.") == "the hook is ***."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
 
 MASK = "***"
@@ -30,12 +30,14 @@ _SECRET = re.compile(
     r"secret|passw(or)?d|passphrase|webhook|credential"
     r"|(^|_)(passcode|pwds?|creds|authorization|bearer|cookies?|dsn|jwts?)(_|$)"
     r"|(^|_)(db|database|user|smtp|mail|email|sql|mysql|postgres|redis|proxy|https?|ftp|login|root|admin)_?pass$"
-    r"|(^|_)((basic|https?|proxy|api)_?)?auth$"
+    r"|(^|_)((basic|https?|proxy|api)_?)?auth(_headers?)?$"
+    r"|(^|_)(pw|pin|ak|sk|otp|totp|hmac|salt|cred|ticket|connection_?string)$|(^|_)totp_|_hook$"
     r"|(^|_)(api|access|private|ssh|rsa|dsa|ecdsa|ed25519|gpg|pgp|tls|ssl|signing|encryption|master|deploy|account"
     r"|storage|service|auth|client|consumer|app|admin|license|subscription|hf|huggingface|openai|anthropic|gemini|google"
     r"|azure|aws|gcp|mistral|cohere|groq|deepseek|dashscope|together|wandb|swanlab|comet|neptune|mlflow|clearml"
     r"|modelscope|github|gitlab|slack|lark|feishu|dingtalk|telegram|discord|stripe|twilio|sendgrid)_?keys?(_|$)"
 )
+_CHINESE = re.compile("密码|口令|密钥|私钥|令牌|凭证")
 _TOKEN = re.compile(r"(tokens?|(^|_)pat)(_[0-9]+)*$")
 _VOCABULARY = re.compile(
     r"(^|_)(eos|bos|pad|padding|unk|unknown|sep|separator|cls|mask|image|img|video|audio|speech|vision|visual|object|frame"
@@ -55,7 +57,7 @@ _RANDOM = re.compile(
 def sensitivity(name: str) -> Sensitivity:
     """What the value under a name is; ``hf_token``, ``HF-Token`` and ``hfToken`` are one name."""
     joined = "_".join(_WORDS.findall(name[-200:])).lower()
-    if _SECRET.search(joined):
+    if _SECRET.search(joined) or _CHINESE.search(name[-200:]):
         return Sensitivity.SECRET
     if _TOKEN.search(joined):
         return Sensitivity.KEY if _VOCABULARY.search(joined) else Sensitivity.TOKEN
@@ -91,7 +93,7 @@ _SHAPES = re.compile(
 )
 _USER_IN_URL = re.compile(r"(?:(?<=://)|(?<=:/)(?!/))[^/?#\s\"'<>]+(?=@)")  # a path has one slash
 _HOOK = re.compile(
-    r"(/open-apis/bot/(?:v[0-9]/)?hook/|hooks\.slack\.com/\w+/|/api/webhooks/|webhook\.office\.com/\w+/"
+    r"(/open-apis/bot/(?:v[0-9]/)?hook/|/flow/api/trigger-webhook/|hooks\.slack\.com/\w+/|/api/webhooks/|webhook\.office\.com/\w+/"
     r"|api\.telegram\.org/bot)[^\s\"'<>?#]++"
 )
 """Addresses of bots: of Lark, Slack, Discord, Teams, Telegram."""
@@ -103,9 +105,14 @@ _HEADER = re.compile(
     r"|(\bbearer\s{1,3})(?=[\w.~+/=-]{0,500}[0-9])[\w.~+/=-]{8,}+",
     re.I,
 )
-_ASSIGNMENT = re.compile(r"(?<![\w.-])(-{0,2}[A-Za-z_][\w.-]*+)[\"']?\s{0,3}[=:]\s{0,3}")
-_ASSIGNED = re.compile(r"\"[^\"\n]++\"?|'[^'\n]++'?|[^\s\"',;&}\])]++")
-_OPTION = re.compile(r"(?<![^\s'\"(\[])(--?[A-Za-z][\w.-]*+)\s{1,3}")
+_ASSIGNMENT = re.compile(r"(?<![\w.-])(-{0,2}(?!\d)\w[\w.-]*+)\\{0,3}[\"']?\s{0,3}[=:]\s{0,3}\\{0,3}")
+_ASSIGNED = re.compile(r"\"{1,3}[^\"\n]++\"{0,3}|'{1,3}[^'\n]++'{0,3}|[^\s\"',;&}\])]++")
+_COMMAND = re.compile(
+    r"(\bcurl\s[^|;\n]{0,500}?-u\s{0,3}|\bsshpass\s{1,3}-p\s{0,3}|\bmysql\w*\s(?:[^|;\n]{0,500}?\s)?-p"
+    r"|\blogin\s{1,3}\S{1,200}\s{1,3}password\s{1,3})[^\s\"']++"
+)
+_ELEMENT = re.compile(r"<([A-Za-z_][\w.:-]{0,100})>([^<\n]{1,1000})(?=</)")
+_OPTION = re.compile(r"(?<![^\s'\"(\[])(--?(?!\d)\w[\w.-]*+)\s{1,3}")
 _ARGUMENT = re.compile(r"[^\s-]\S*+")
 
 
@@ -114,7 +121,7 @@ def masker(env: Mapping[str, str] = os.environ) -> Callable[[str], str]:
     :func:`hide`, and what looks like one, alone, in an address, or as a command's option.
     """
     # Not items(), which fails where another thread takes a variable away.
-    known = {value for name in env if (value := env.get(name)) and _is_known_secret(name, value)} | _hidden
+    known = {text for name in env if (value := env.get(name)) for text in _known_secrets(name, value)} | _hidden
     given = re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True)))) if known else None
 
     def mask(text: str) -> str:
@@ -134,15 +141,22 @@ _hidden: set[str] = set()
 
 
 def hide(secret: str) -> None:
-    """Mask this value from now on, wherever it stands."""
-    if len(secret) >= 6:
-        _hidden.add(secret)
+    """Mask this value from now on, wherever it stands; of the address of a bot also what makes it a secret."""
+    alone = secret.rstrip("/").rpartition("/")[2] if "://" in secret else ""
+    _hidden.update(text for text in (secret, alone) if len(text) >= 6)
 
 
-def _is_known_secret(name: str, value: str) -> bool:
+def _known_secrets(name: str, value: str) -> Iterator[str]:
+    """What of a variable of the environment is a secret: all of it, and each of its lines."""
     how = sensitivity(name)
-    # Not $PWD, files of secrets, or a word that would be masked in every sentence.
-    return len(value) >= 8 and value[0] not in "/.~" and not value.isalpha() and how >= 2 and hides(how, value)
+    if len(value) < 8 or how < Sensitivity.TOKEN or not hides(how, value):
+        return
+    if value[0] in "/.~" and (name in ("PWD", "OLDPWD") or os.path.exists(os.path.expanduser(value))):
+        return  # a directory, or the file of a secret
+    for text in (value, *value.splitlines()):
+        # Not a word that would be masked in every sentence.
+        if len(text) >= 16 or (len(text) >= 8 and not text.isalpha()):
+            yield text
 
 
 def _without_shapes(text: str) -> str:
@@ -155,9 +169,17 @@ def _without_shapes(text: str) -> str:
     if assigns or ":" in text or "earer" in text:
         text = _HEADER.sub(lambda found: f"{found[1] or found[2]}{MASK}", text)
         text = _without_values(text, _ASSIGNMENT, _ASSIGNED)
-    if "-" in text:
-        text = _without_values(text, _OPTION, _ARGUMENT)
+    if "-" in text or "login" in text:
+        text = _without_values(_COMMAND.sub(rf"\1{MASK}", text), _OPTION, _ARGUMENT)
+    if "</" in text:
+        text = _ELEMENT.sub(
+            lambda found: f"<{found[1]}>{MASK}" if hides(sensitivity(found[1]), found[2]) else found[0], text
+        )
     return text
+
+
+def _element(found: re.Match[str]) -> str:
+    return f"<{found[1]}>{MASK}" if hides(sensitivity(found[1]), found[2]) else found[0]
 
 
 def _parameter(found: re.Match[str]) -> str:
@@ -187,4 +209,5 @@ def _without_values(text: str, naming: re.Pattern[str], valued: re.Pattern[str])
     return "".join((*kept, text[copied:]))
 
 
-_NOTHING = ("None", "True", "False", "null", "true", "false")
+_NOTHING = ("None", "True", "False", "null", "true", "false", "copy", "success", "crashed", "aborted", "running")
+"""Values that are none, and words of our own sentences that follow a name."""
