@@ -723,7 +723,7 @@ class Channel:
             self._in_window = 0
         spooled = self._spool.events if self._spool else 0
         if left:
-            logger.warning("%s of this rank did not reach the writer and are lost: %s", _events(left), reason)
+            logger.warning("Lost, since it did not reach the writer: %s of this rank (%s).", _events(left), reason)
         if spooled and self._spool is not None and self._spool.path is not None:
             logger.warning(
                 "%s of this rank did not reach the writer (%s). They are kept in %s: %s.",

@@ -131,3 +131,18 @@ def test_unwritable_log_dir_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"log_dir '.*file/logs' cannot be written \(.*file is not a directory\)"):
         check_writable(tmp_path / "file" / "logs")
     check_writable(tmp_path / "new" / "logs")
+
+
+@pytest.mark.parametrize(
+    "name", ["SWANLAB_MODE", "OBSERVER_RUN_ID", "OBSERVER_STRICT", "SWANLAB_WEB_HOST", "OBSERVER_ALERTS"]
+)
+def test_a_variable_of_blanks_says_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "  ")
+    assert ObserverSettings(project="p") == ObserverSettings(project="p", mode="cloud")
+
+
+@pytest.mark.parametrize("host", ["https://", "http://[::1", "https://h:99999", "https://h/a b", "https://:80"])
+def test_an_address_names_a_host(host: str) -> None:
+    with pytest.raises(SettingsError, match="api_host: it names no host and port"):
+        ObserverSettings(project="p", api_host=host)
+    assert ObserverSettings(project="p", api_host="http://[::1]:8080/api").api_host == "http://[::1]:8080/api"
