@@ -364,6 +364,11 @@ class Observer:
         Returns:
             Whether everything this rank had logged before is in the writer's journal.
         """
+        return self._finish(state, error, timeout, log_on=False)
+
+    @never_raises(False)
+    def _finish(self, state: State, error: str | None, timeout: float, log_on: bool) -> bool:
+        """``log_on``: what is logged meanwhile is taken as long as there is time."""
         if isinstance(self._channel, NoChannel):
             return True
         timeout = min(max(0.0, float(timeout)), threading.TIMEOUT_MAX)
@@ -372,8 +377,8 @@ class Observer:
         state = self._checked_state(state)
         warn_of_a_later_group(self.rank, self.world_size)
         self._finished = True
-        # From here on; another thread may log on for as long as this takes.
-        self._put = self._append = self._channel.put_late
+        if not log_on:  # another thread may log for as long as this takes
+            self._put = self._append = self._channel.put_late
         if self._node is not None:
             self._node.stop()
         self.spans.close()
@@ -392,6 +397,7 @@ class Observer:
         )
         self._watch.stop()
         self._termination.stop()
+        self._put = self._append = self._channel.put_late
         self.outcome = self._channel.outcome
         if self.outcome is not None:
             logger.info(ending(self.outcome))
@@ -427,7 +433,7 @@ class Observer:
         state, error = self.result
         if state is None:
             state, error = "aborted", f"{TERMINATED}: the process was told to end (torchrun, Slurm, Kubernetes, kill)"
-        self.finish(state, error, timeout=SIGTERM_S)
+        self._finish(state, error, SIGTERM_S, log_on=True)  # the training goes on until this process is ended
 
     def _announce(self) -> None:
         warn_of_a_later_group(self.rank, self.world_size)
