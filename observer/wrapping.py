@@ -10,8 +10,8 @@ from typing import Any
 class Wrapped:
     """Takes a method's place as an attribute of its object, and calls ``around(method, *args, **kwargs)`` instead.
 
-    A copy of the object, made by :func:`copy.deepcopy` or pickle, has its own method again, without anything around it:
-    a function would go on working on the original.
+    A copy of the object, by :func:`copy.deepcopy` or pickle, has its own method with nothing around it: a function
+    would go on working on the original.
     """
 
     def __init__(self, method: Callable[..., Any], around: Callable[..., Any]) -> None:
@@ -23,9 +23,9 @@ class Wrapped:
         return self._around(self.method, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _itself, (self.method,)
+        return Wrapped, (self.method, _bare)
 
 
-def _itself(method: Any) -> Any:
-    """What a copy is made with: the method, which was copied together with its object."""
-    return method
+def _bare(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a copy has around its own method, which was copied together with its object."""
+    return method(*args, **kwargs)
