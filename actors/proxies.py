@@ -11,6 +11,8 @@ from ipaddress import ip_address, ip_network
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment
 
+PORTS = {"http": 80, "https": 443}
+
 
 def proxy_for(url: str) -> str | None:
     """The proxy's address, from ``HTTP_PROXY`` or ``HTTPS_PROXY`` by the address' scheme, else from ``ALL_PROXY``; None
@@ -19,7 +21,8 @@ def proxy_for(url: str) -> str | None:
     address, variables = urlsplit(url), getproxies_environment()
     proxy = (variables.get(address.scheme) or variables.get("all") or "").strip()
     left_out = re.split(r"[\s,]+", variables.get("no", "").lower())
-    if not proxy or any(_names(entry, address.hostname or "", address.port) for entry in left_out if entry):
+    host, port = (address.hostname or "").rstrip("."), address.port or PORTS.get(address.scheme)
+    if not proxy or any(_names(entry, host, port) for entry in left_out if entry):
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
 
@@ -36,5 +39,5 @@ def _names(entry: str, host: str, port: int | None) -> bool:
     name, colon, number = entry.rpartition(":")
     if colon and number.isdigit():
         return int(number) == port and _names(name, host, None)
-    name = entry.lstrip("*").lstrip(".").strip("[]")
+    name = entry.lstrip("*").strip(".").strip("[]")
     return bool(name) and (host == name or host.endswith(f".{name}"))
