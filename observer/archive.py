@@ -175,7 +175,7 @@ def load_run(files: RunFiles) -> Run:
     spooled = {key: life.events for key, life in everything.lives.items()}
     for key, life in journal.lives.items():
         spooled[key] = spooled.get(key, 0) - life.events
-    accounts = list(_accounts(journal, everything, spooled))
+    accounts = list(_accounts(journal, everything, spooled, files.spools))
     first, last = (everything.first_ns, everything.last_ns) if files.journals else _times_of_events(files)
     return Run(files, everything, accounts, first or everything.first_ns, last or everything.last_ns)
 
@@ -202,7 +202,9 @@ def find(log_dir: Path, run_id: str | None) -> Run | None:
     return load_run(matching[0]) if len(matching) == 1 else None
 
 
-def _accounts(journal: Summary, everything: Summary, spooled: dict[tuple[int, str], int]) -> Iterator[Account]:
+def _accounts(
+    journal: Summary, everything: Summary, spooled: dict[tuple[int, str], int], spools: list[Path]
+) -> Iterator[Account]:
     damaged = any(not found.damage.torn for found in journal.damaged)
     ranks = everything.ranks()
     for rank in sorted({rank for rank, _ in everything.lives}):
@@ -215,7 +217,8 @@ def _accounts(journal: Summary, everything: Summary, spooled: dict[tuple[int, st
             # What a rank has put aside tells more of its end than a writer that has lost it.
             ended = said.ended if said.ended and said.ended.state != "lost" else whole.ended
             counts = ended.counts if ended else Counts()
-            kept = max(spooled.get((rank, name), 0), counts.spooled)
+            found = spooled.get((rank, name), 0)  # what the journal has as well is not counted twice
+            kept = found if any(name in path.name for path in spools) else max(found, counts.spooled)
             lost = {reason: count for reason, count in counts.dropped.items() if reason != KILLED}
             refused += counts.refused
             rest = max(0, counts.logged - said.events - kept - sum(lost.values()))

@@ -88,27 +88,34 @@ class Job(RuleBasedStateMachine):
             assert counts.logged == self.logged[rank]
 
     def teardown(self) -> None:
-        if not hasattr(self, "observers"):
-            return
         try:
-            self.patch.setattr(channel_module, "UNREACHABLE_S", 0.1)
-            for observer in self.observers:
-                observer.finish(timeout=20)
-            files = find_runs([self.directory])
-            there: dict[int, list[int]] = {rank: [] for rank in range(RANKS)}
-            for run in files:
-                for rank, step, _ in logged_in(run):
-                    there[rank].append(step)
-            for rank in range(RANKS):
-                assert sorted(there[rank]) == list(range(self.logged[rank]))
-            for run in files:
-                for account in archive.load_run(run).accounts:
-                    assert account.logged == self.logged[account.rank]
-                    assert account.written + account.spooled == account.logged
+            if hasattr(self, "observers"):
+                self.check()
         finally:
-            self.cluster.kill()
-            self.patch.undo()
-            shutil.rmtree(self.directory, ignore_errors=True)
+            try:
+                if hasattr(self, "cluster"):
+                    self.cluster.kill()
+                    shutil.rmtree(self.directory, ignore_errors=True)
+            finally:
+                if hasattr(self, "patch"):
+                    self.patch.undo()
+
+    def check(self) -> None:
+        """Everything is in the files once."""
+        self.patch.setattr(channel_module, "UNREACHABLE_S", 0.1)
+        for observer in self.observers:
+            observer.finish(timeout=20)
+        files = find_runs([self.directory])
+        there: dict[int, list[int]] = {rank: [] for rank in range(RANKS)}
+        for run in files:
+            for rank, step, _ in logged_in(run):
+                there[rank].append(step)
+        for rank in range(RANKS):
+            assert sorted(there[rank]) == list(range(self.logged[rank]))
+        for run in files:
+            for account in archive.load_run(run).accounts:
+                assert account.logged == self.logged[account.rank]
+                assert account.written + account.spooled == account.logged
 
 
 TestJob = Job.TestCase

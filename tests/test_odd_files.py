@@ -17,6 +17,7 @@ from swanlab_ray.observer import channel as channel_module
 from swanlab_ray.observer import session as session_module
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.spool import how_to_upload
+from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, rank, settings_for
 from tests.journals import write_file
 from tests.swanlab_cloud import SwanLabCloud
@@ -222,6 +223,26 @@ def test_what_a_rank_had_to_drop_stands_in_its_spool(tmp_path: Path, monkeypatch
     (account,) = archive.load_run(cluster.files).accounts
     assert (account.logged, account.spooled) == (200, 50)
     assert account.dropped == {channel_module.OVERFLOW: 150}
+
+
+def test_what_a_spool_and_the_journal_have_both_is_counted_once(tmp_path: Path) -> None:
+    """The answers were lost, so the rank could not know that the writer had it."""
+    cluster = Cluster(settings_for(tmp_path))
+    link = Link(cluster)
+    observer = rank(cluster, link)
+    assert observer.wait_ready(20)
+    link.lose_answers = 1_000_000
+    for step in range(30):
+        observer.log({"x": float(step)}, step)
+    wait_until(lambda: cluster.find().status().received > 0)
+    link.cut = True
+    assert not observer.finish(timeout=1)
+    assert observer.statistics().spooled == 30
+    run = archive.load_run(cluster.files)
+    (account,) = run.accounts
+    assert account.written > 0
+    assert (account.logged, account.written + account.spooled, account.missing) == (30, 30, 0)
+    cluster.kill()
 
 
 def test_files_that_are_not_there_are_told_as_a_range(tmp_path: Path) -> None:
