@@ -18,10 +18,14 @@ from swanlab_ray.observer import session as session_module
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.spool import how_to_upload
 from tests.conftest import wait_until
-from tests.incarnations import Cluster, Link, rank, settings_for
+from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.journals import write_file
 from tests.swanlab_cloud import SwanLabCloud
 from tests.test_looking import everything_called, header
+
+
+# The threads of a killed writer end.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 def invoke(*arguments: object, **env: str) -> Result:
@@ -184,8 +188,11 @@ def test_two_runs_of_one_id_in_two_log_directories_are_not_silently_one(tmp_path
     assert "several directories" not in invoke("verify", tmp_path / "a").stdout
 
 
-def test_a_spool_whose_journal_is_gone_or_cut_off_is_not_the_whole_run(tmp_path: Path) -> None:
+def test_a_spool_whose_journal_is_gone_or_cut_off_is_not_the_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A writer had acknowledged what came before; and the rank's own account is in the spool."""
+    mortal(monkeypatch)
     cluster = Cluster(settings_for(tmp_path))
     link = Link(cluster)
     observer = rank(cluster, link)
@@ -212,6 +219,7 @@ def test_a_spool_whose_journal_is_gone_or_cut_off_is_not_the_whole_run(tmp_path:
 def test_what_a_rank_had_to_drop_stands_in_its_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_module, "CAPACITY", 50)
     monkeypatch.setattr(session_module, "CAPACITY", 50)
+    mortal(monkeypatch)
     cluster = Cluster(settings_for(tmp_path))
     link = Link(cluster)
     link.cut = True
@@ -225,8 +233,11 @@ def test_what_a_rank_had_to_drop_stands_in_its_spool(tmp_path: Path, monkeypatch
     assert account.dropped == {channel_module.OVERFLOW: 150}
 
 
-def test_what_a_spool_and_the_journal_have_both_is_counted_once(tmp_path: Path) -> None:
+def test_what_a_spool_and_the_journal_have_both_is_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The answers were lost, so the rank could not know that the writer had it."""
+    mortal(monkeypatch)
     cluster = Cluster(settings_for(tmp_path))
     link = Link(cluster)
     observer = rank(cluster, link)
