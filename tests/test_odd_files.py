@@ -23,7 +23,6 @@ from tests.journals import write_file
 from tests.swanlab_cloud import SwanLabCloud
 from tests.test_looking import everything_called, header
 
-
 # The threads of a killed writer end.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
