@@ -73,8 +73,8 @@ UNREACHABLE_S = 20.0
 """How long ``finish()`` tries to reach a writer that is not there."""
 SLACK_S = 5.0
 """Kept of the time for ``finish()`` for a flusher that stands still: Ray's own calls have deadlines too."""
-OPENING_POLL_S = 0.2
-"""Pause between two looks at the queue while the connection is being opened."""
+OPENING_POLL_S = 0.01
+"""Pause between two looks at the queue while the connection is being opened: nothing else empties it."""
 FRAMES_TOLD = 6
 """Innermost functions that are named where it stands."""
 
