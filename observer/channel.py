@@ -369,6 +369,7 @@ class Channel:
                     if not self._connected:
                         if not self._connect():
                             if self._out_of_time():
+                                self.last_error = self.last_error or "the connection was still being opened"
                                 break
                             continue
                         pause = RETRY_S[0]
