@@ -20,7 +20,7 @@ from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer import notices
 from swanlab_ray.observer.identity import Identity
 from swanlab_ray.observer.session import Observer
-from tests import forked
+from tests import forked, incarnations
 from tests.forked import ForkedProcess
 from tests.shaky_link import ShakyLink
 
@@ -103,6 +103,21 @@ def _nothing_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notices, "_said", set())
     for stray in os.environ.keys() - environment().keys():
         monkeypatch.delenv(stray)
+
+
+@pytest.fixture(autouse=True)
+def _no_run_stays_open(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process has one SwanLab client: a run that a test leaves open fails others, so it fails this one."""
+    yield
+    for cluster in list(incarnations.Cluster.made):
+        cluster.end()
+    swanlab = sys.modules.get("swanlab")
+    if swanlab is not None and swanlab.has_run():
+        try:
+            wait_until(lambda: not swanlab.has_run(), 20, "this test's SwanLab run is over")
+        finally:
+            if swanlab.has_run():
+                swanlab.finish()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,16 @@ def mortal(patch: pytest.MonkeyPatch, swanlab: bool = False) -> None:
 
 
 class Cluster:
-    """Where ranks find the writer of a run: what Ray is otherwise."""
+    """Where ranks find the writer of a run: what Ray is otherwise. It is over when its test is: whoever comes then would
+    start a writer that is not mortal, which keeps this process's one SwanLab client.
+    """
+
+    made: weakref.WeakSet[Cluster] = weakref.WeakSet()
 
     def __init__(self, settings: ObserverSettings) -> None:
+        self.made.add(self)
         self.settings = settings
+        self._over = False
         self.writer: Writer | None = None
         self.incarnations = 0
         self._disk: MortalDisk | None = None
@@ -82,6 +89,8 @@ class Cluster:
     def find(self) -> Writer:
         """The writer, started again if it was killed."""
         with self._lock:
+            if self._over:
+                raise LinkBroken("its test is over")
             if self.writer is None:
                 self.writer = Writer(self.settings.run_id or "r", self.settings)
                 self._disk = MortalDisk.made[-1]
@@ -101,6 +110,12 @@ class Cluster:
                     killed._reducer.abandon(close=False)
                     killed._reducer.sink.closed.wait(20)  # one process has one SwanLab client
             return killed
+
+    def end(self) -> None:
+        """Nobody finds it any more, and no writer of it goes on."""
+        with self._lock:
+            self._over = True
+        self.kill()
 
     @property
     def files(self) -> RunFiles:

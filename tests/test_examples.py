@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from swanlab_ray.actors.history import find_runs, merged
+from swanlab_ray.actors.records import Closed
 from swanlab_ray.observer.cli import main
 from tests.conftest import Launch, SharedCluster, run_forked
+from tests.incarnations import logged_in
 from tests.swanlab_file import RunFile, ended_run
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
@@ -53,7 +56,11 @@ def check_trainer(run: RunFile) -> None:
 @pytest.mark.parametrize(("name", "text"), [("dpo.py", "chosen:  It is "), ("grpo.py", "reward/digits: ")])
 def test_completions(tmp_path: Path, in_cluster: SharedCluster, name: str, text: str) -> None:
     run = run_example(tmp_path, name)
-    assert len(run.scalars["train/loss"]) == 30
+    (files,) = find_runs([tmp_path / "swanlog"])
+    assert len([step for _, step, values in logged_in(files) if "train/loss" in values]) == 30
+    (closed,) = [entry for entry in merged(files) if isinstance(entry, Closed)]
+    # A slow machine's local mode takes less than GRPO logs; what it is not given is counted.
+    assert len(run.scalars["train/loss"]) == 30 or closed.thinned > 0
     for step in (1, 11, 21, 30):
         assert run.captions["rlhf_completions"][step] == [
             f"step {step} rank {rank}" for rank in range(2) for _ in range(4)
