@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -71,11 +71,13 @@ def mortal(patch: pytest.MonkeyPatch, swanlab: bool = False) -> None:
 
 
 class Cluster:
-    """Where ranks find the writer of a run: what Ray is otherwise. It is over when its test is: whoever comes then would
-    start a writer that is not mortal, which keeps this process's one SwanLab client.
+    """Where ranks find the writer of a run: what Ray is otherwise.
+
+    It is over when its test is: whoever came then would start a writer that is not mortal, which keeps this process's
+    one SwanLab client.
     """
 
-    made: weakref.WeakSet[Cluster] = weakref.WeakSet()
+    made: ClassVar[weakref.WeakSet[Cluster]] = weakref.WeakSet()
 
     def __init__(self, settings: ObserverSettings) -> None:
         self.made.add(self)
