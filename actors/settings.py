@@ -27,8 +27,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from swanlab_ray.actors import naming
-from swanlab_ray.actors.rules import parse
+from swanlab_ray.actors.notify.rules import parse
+from swanlab_ray.actors.wire import naming
 
 LARK_WEBHOOK = re.compile(r"https?://[^/\s]+/open-apis/bot/(v2/)?hook/[\w-]+/?")
 """Of open.feishu.cn, of open.larksuite.com, or of a deployment of one's own."""

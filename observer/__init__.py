@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from swanlab_ray.actors.settings import ObserverSettings, SettingsError
     from swanlab_ray.observer.callback import ObserverCallback
+    from swanlab_ray.observer.history.upload import sync
     from swanlab_ray.observer.session import Observer, connect, current
     from swanlab_ray.observer.tracker import ObserverTracker
-    from swanlab_ray.observer.upload import sync
 
 _HOMES = {
     "ObserverSettings": "swanlab_ray.actors.settings",
@@ -23,7 +23,7 @@ _HOMES = {
     "connect": "swanlab_ray.observer.session",
     "current": "swanlab_ray.observer.session",
     "ObserverTracker": "swanlab_ray.observer.tracker",
-    "sync": "swanlab_ray.observer.upload",
+    "sync": "swanlab_ray.observer.history.upload",
 }
 
 __all__ = [

@@ -14,15 +14,15 @@ from transformers import Trainer, TrainerCallback
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer import completions
 from swanlab_ray.observer.completions import CompletionCapture
-from swanlab_ray.observer.describe import LONGEST_REASON, run_config
-from swanlab_ray.observer.exits import describe, headline
-from swanlab_ray.observer.identity import trial_of_tune
-from swanlab_ray.observer.notices import logger
-from swanlab_ray.observer.own_loss import OwnLoss
-from swanlab_ray.observer.phases import Phases
-from swanlab_ray.observer.redact import configuration
+from swanlab_ray.observer.encoding.redact import configuration
+from swanlab_ray.observer.job.identity import trial_of_tune
+from swanlab_ray.observer.script.ending import describe, headline
+from swanlab_ray.observer.script.notices import logger
+from swanlab_ray.observer.script.wrapping import Wrapped
 from swanlab_ray.observer.session import Observer, connect, current
-from swanlab_ray.observer.wrapping import Wrapped
+from swanlab_ray.observer.timing.phases import Phases
+from swanlab_ray.observer.trainers.own_loss import OwnLoss
+from swanlab_ray.observer.trainers.run_config import LONGEST_REASON, run_config
 
 _TOTALS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
 FLUSH_AT_END_S = 30.0

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from swanlab_ray.actors.naming import absolute
 from swanlab_ray.actors.settings import LOG_DIR_VARIABLES, MODES, ObserverSettings, SettingsError, check_writable
-from swanlab_ray.observer.render import json_text, say, shown, terminal
-from swanlab_ray.observer.streams import Command
+from swanlab_ray.actors.wire.naming import absolute
+from swanlab_ray.observer.looking.render import json_text, say, shown, terminal
+from swanlab_ray.observer.looking.streams import Command
 
 if TYPE_CHECKING:
-    from swanlab_ray.actors.history import RunFiles
-    from swanlab_ray.observer.archive import Run
-    from swanlab_ray.observer.upload import Synced
+    from swanlab_ray.actors.journal.reading import RunFiles
+    from swanlab_ray.observer.history.archive import Run
+    from swanlab_ray.observer.history.upload import Synced
 
 
 @click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,7 +43,7 @@ def demo(mode: str, ranks: int, steps: int, slow_rank: int | None, project: str,
 
     Nothing is downloaded: the text is the source of Python's standard library.
     """
-    from swanlab_ray.observer.demo import run_demo
+    from swanlab_ray.observer.demo.run import run_demo
 
     if mode == "disabled":
         raise click.UsageError("The demo shows a run, so --mode disabled makes no sense: use local, offline or cloud.")
@@ -68,8 +68,8 @@ def status(run_id: str | None, as_json: bool) -> None:
 
     Looks at the cluster named by RAY_ADDRESS, else at the one on this machine. RUN_ID chooses one run.
     """
-    from swanlab_ray.observer import watch
-    from swanlab_ray.observer.cluster import NoCluster
+    from swanlab_ray.observer.looking import watch
+    from swanlab_ray.observer.ray_cluster.finding import NoCluster
 
     try:
         watcher = watch.Watcher(run_id)
@@ -135,7 +135,7 @@ _paths = click.argument("paths", nargs=-1, required=True, metavar="PATH...", cal
 @_as_json
 def runs(log_dir: Path, as_json: bool) -> None:
     """List the runs in the log directory, from their journals. Needs no cluster."""
-    from swanlab_ray.observer import archive
+    from swanlab_ray.observer.history import archive
 
     refused: list[str] = []
     found = _guarded(lambda: archive.load(log_dir, refused.append)) if log_dir.exists() else []
@@ -169,7 +169,7 @@ def show(
     hung. RUN_ID may be its beginning; without it the latest run is
     shown. Needs no cluster.
     """
-    from swanlab_ray.observer import showing
+    from swanlab_ray.observer.looking import showing
 
     if completions + phases + stacks > 1:
         raise click.UsageError("Choose one of --completions, --phases and --stacks.")
@@ -188,7 +188,7 @@ def show(
 
 def _find_run(run_id: str | None, log_dir: Path) -> Run:
     """The run of that id, or of that beginning of an id; the latest one where none is given."""
-    from swanlab_ray.observer import archive
+    from swanlab_ray.observer.history import archive
 
     run: Run | None = _guarded(lambda: archive.find(log_dir, run_id)) if run_id != "" else None
     if run is None and run_id is None:
@@ -223,7 +223,7 @@ def trace(run_id: str | None, output: Path, steps: str | None, log_dir: Path) ->
 
     RUN_ID may be its beginning; without it the latest run is taken. Needs no cluster.
     """
-    from swanlab_ray.observer.trace import Timeline
+    from swanlab_ray.observer.history.timeline import Timeline
 
     chosen = _steps(steps) if steps is not None else None
     run = _find_run(run_id, log_dir)
@@ -256,7 +256,7 @@ def verify_journals(paths: tuple[Path, ...]) -> None:
 
     Exit code 0: nothing is damaged or missing, as far as the files can tell; 1: something is.
     """
-    from swanlab_ray.observer.verify import verify
+    from swanlab_ray.observer.history.verify import verify
 
     whole = _guarded(lambda: verify(paths, lambda line: print(shown(line))))
     print("everything is there" if whole else "something is damaged or missing")
@@ -282,8 +282,8 @@ def sync(paths: tuple[Path, ...], project: str | None, workspace: str | None, ho
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from swanlab_ray.actors.records import UnknownFormat
-    from swanlab_ray.observer import upload as uploads
+    from swanlab_ray.actors.journal.records import UnknownFormat
+    from swanlab_ray.observer.history import upload as uploads
 
     given = {"project": project, "workspace": workspace, "api_host": host}
     chosen: dict[str, object] = {name: value for name, value in given.items() if value}
@@ -335,8 +335,8 @@ def doctor(lark: bool) -> None:
 
 
 def _test_lark(settings: ObserverSettings) -> str:
-    from swanlab_ray.actors.cards import Message, Words, card
-    from swanlab_ray.actors.mailbox import Refused, Unavailable, open_bot
+    from swanlab_ray.actors.notify.cards import Message, Words, card
+    from swanlab_ray.actors.notify.outbox import Refused, Unavailable, open_bot
 
     bot = open_bot(settings)
     if bot is None:
@@ -361,8 +361,8 @@ def _failure(sentence: str) -> click.ClickException:
 
 def _guarded(action: Callable[[], Any]) -> Any:
     """Do it; a problem of the user's becomes one sentence."""
-    from swanlab_ray.actors.cloud import CloudError
-    from swanlab_ray.actors.records import UnknownFormat
+    from swanlab_ray.actors.delivery.experiment import CloudError
+    from swanlab_ray.actors.journal.records import UnknownFormat
 
     try:
         return action()

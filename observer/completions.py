@@ -16,15 +16,15 @@ from time import perf_counter_ns, time_ns
 from types import FrameType
 from typing import Any
 
-from swanlab_ray.actors.protocol import COMPLETIONS, TOKENIZER
-from swanlab_ray.observer.algorithms import class_name, detect, of_a_framework
-from swanlab_ray.observer.cells import Columns
-from swanlab_ray.observer.exits import headline
-from swanlab_ray.observer.notices import logger, warn_once
-from swanlab_ray.observer.rows import Snapshot, Unknown, duels, generated, judged, pairs
+from swanlab_ray.actors.wire.protocol import COMPLETIONS, TOKENIZER
+from swanlab_ray.observer.encoding.cells import Columns
+from swanlab_ray.observer.encoding.numbers import Deferred, encode
+from swanlab_ray.observer.script.ending import headline
+from swanlab_ray.observer.script.notices import logger, warn_once
+from swanlab_ray.observer.script.wrapping import Wrapped
 from swanlab_ray.observer.session import Observer, current
-from swanlab_ray.observer.values import Deferred, encode
-from swanlab_ray.observer.wrapping import Wrapped
+from swanlab_ray.observer.trainers.algorithms import class_name, detect, of_a_framework
+from swanlab_ray.observer.trainers.rows import Snapshot, Unknown, duels, generated, judged, pairs
 
 _MARK = "chosen_rewards"
 """The variable by which the function that computes the metrics is known."""

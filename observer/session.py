@@ -17,9 +17,10 @@ from time import monotonic, time_ns
 from types import TracebackType
 from typing import Any, SupportsIndex, get_args
 
-from swanlab_ray.actors.history import TERMINATED
-from swanlab_ray.actors.locks import pid_namespace
-from swanlab_ray.actors.protocol import (
+from swanlab_ray.actors.journal.reading import TERMINATED
+from swanlab_ray.actors.settings import ObserverSettings, SettingsError, check_writable
+from swanlab_ray.actors.wire.locks import pid_namespace
+from swanlab_ray.actors.wire.protocol import (
     COMPLETIONS,
     CONFIG,
     JOB,
@@ -33,15 +34,14 @@ from swanlab_ray.actors.protocol import (
     State,
     WriterStatus,
 )
-from swanlab_ray.actors.secret_shapes import hide, masked
-from swanlab_ray.actors.settings import ObserverSettings, SettingsError, check_writable
-from swanlab_ray.actors.status import ending
-from swanlab_ray.actors.version import package_version
-from swanlab_ray.observer import spans, workers
-from swanlab_ray.observer.cells import columns_of
-from swanlab_ray.observer.channel import CAPACITY, LARGE_BYTES, Channel, ChannelStatistics, Link
-from swanlab_ray.observer.exits import ExitWatch, describe
-from swanlab_ray.observer.identity import (
+from swanlab_ray.actors.wire.secret_shapes import hide, masked
+from swanlab_ray.actors.wire.status import ending
+from swanlab_ray.actors.wire.version import package_version
+from swanlab_ray.observer.encoding.cells import columns_of
+from swanlab_ray.observer.encoding.numbers import Deferred, HostCopy, encode, salvage
+from swanlab_ray.observer.encoding.redact import configuration
+from swanlab_ray.observer.job.doing import Pulse
+from swanlab_ray.observer.job.identity import (
     Identity,
     Launch,
     check_run_id,
@@ -51,18 +51,19 @@ from swanlab_ray.observer.identity import (
     warn_of_a_later_group,
     which_launch,
 )
-from swanlab_ray.observer.link import RayLink
-from swanlab_ray.observer.never_raises import Wrong, never_raises, shown, str_of
-from swanlab_ray.observer.no_channel import NoChannel
-from swanlab_ray.observer.node_metrics import NodeMetrics
-from swanlab_ray.observer.notices import logger, say_again, warn_once
-from swanlab_ray.observer.pulse import Pulse
-from swanlab_ray.observer.redact import configuration
-from swanlab_ray.observer.spans import NO_SPAN, NoSpan, Span, SpanLog
-from swanlab_ray.observer.spool import Spool
-from swanlab_ray.observer.termination import TerminationWatch
-from swanlab_ray.observer.values import Deferred, HostCopy, encode, salvage
-from swanlab_ray.observer.which_run import forget_runs, warn_of_joining, which_run
+from swanlab_ray.observer.job.node_metrics import NodeMetrics
+from swanlab_ray.observer.job.which_run import forget_runs, warn_of_joining, which_run
+from swanlab_ray.observer.script import workers
+from swanlab_ray.observer.script.ending import ExitWatch, describe
+from swanlab_ray.observer.script.never_raises import Wrong, never_raises, shown, str_of
+from swanlab_ray.observer.script.notices import logger, say_again, warn_once
+from swanlab_ray.observer.script.sigterm import TerminationWatch
+from swanlab_ray.observer.timing import spans
+from swanlab_ray.observer.timing.spans import NO_SPAN, NoSpan, Span, SpanLog
+from swanlab_ray.observer.transport.channel import CAPACITY, LARGE_BYTES, Channel, ChannelStatistics, Link
+from swanlab_ray.observer.transport.link import RayLink
+from swanlab_ray.observer.transport.no_channel import NoChannel
+from swanlab_ray.observer.transport.spool import Spool
 
 FINISH_TIMEOUT_S = 90.0
 """How long ``finish()`` takes at most: SwanLab gets 60 s to close, the rest is for sending."""

@@ -13,10 +13,10 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import SecretStr
 
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
-from swanlab_ray.observer.exits import headline
-from swanlab_ray.observer.identity import identify
-from swanlab_ray.observer.notices import logger, speak_up
-from swanlab_ray.observer.redact import plain
+from swanlab_ray.observer.encoding.redact import plain
+from swanlab_ray.observer.job.identity import identify
+from swanlab_ray.observer.script.ending import headline
+from swanlab_ray.observer.script.notices import logger, speak_up
 from swanlab_ray.plugin import args, driver, loggers
 
 BUILT_IN = "axolotl.integrations.swanlab.SwanLabPlugin"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from swanlab_ray.observer.notices import logger
+from swanlab_ray.observer.script.notices import logger
 
 OTHERS = {
     "WandB": ("use_wandb", "wandb_project"),

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from swanlab_ray.actors import aggregate
-from swanlab_ray.actors.locks import hold_lock
+from swanlab_ray.actors.reduction import aggregate
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.observer import notices
-from swanlab_ray.observer.identity import Identity
+from swanlab_ray.actors.wire.locks import hold_lock
+from swanlab_ray.observer.job.identity import Identity
+from swanlab_ray.observer.script import notices
 from swanlab_ray.observer.session import Observer
 from tests import forked, incarnations
 from tests.forked import ForkedProcess
@@ -62,8 +62,8 @@ os.environ.update(QUIET)
 _CLUSTER = """
 import ray, sys, time
 from pathlib import Path
-from swanlab_ray.actors.locks import nobody_holds
-from swanlab_ray.observer.keeper import be_patient, leave_out_what_idles
+from swanlab_ray.actors.wire.locks import nobody_holds
+from swanlab_ray.observer.ray_cluster.keeper import be_patient, leave_out_what_idles
 directory = Path(sys.argv[1])
 be_patient()
 leave_out_what_idles(dashboard=True)

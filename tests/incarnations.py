@@ -11,20 +11,20 @@ from typing import Any, ClassVar
 
 import pytest
 
-from swanlab_ray.actors import journal as journal_module
-from swanlab_ray.actors import writer as writer_module
-from swanlab_ray.actors.history import Damaged, RunFiles, find_runs, merged
-from swanlab_ray.actors.journal import Disk
-from swanlab_ray.actors.notifications import Notifications
-from swanlab_ray.actors.protocol import Ack, Beat, Farewell, Goodbye, Hello, Scalars, WriterStatus, decode_batch
-from swanlab_ray.actors.records import Batch
+from swanlab_ray.actors.delivery.queue import Row, Sink
+from swanlab_ray.actors.journal import writing as journal_module
+from swanlab_ray.actors.journal.reading import Damaged, RunFiles, find_runs, merged
+from swanlab_ray.actors.journal.records import Batch
+from swanlab_ray.actors.journal.writing import Disk
+from swanlab_ray.actors.notify.messages import Notifications
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.sink import Row, Sink
-from swanlab_ray.actors.writer import Writer
-from swanlab_ray.observer.channel import Link as LinkProtocol
-from swanlab_ray.observer.identity import Identity
-from swanlab_ray.observer.link import LinkBroken, welcomed
+from swanlab_ray.actors.wire.protocol import Ack, Beat, Farewell, Goodbye, Hello, Scalars, WriterStatus, decode_batch
+from swanlab_ray.actors.writer import actor as writer_module
+from swanlab_ray.actors.writer.actor import Writer
+from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.session import Observer
+from swanlab_ray.observer.transport.channel import Link as LinkProtocol
+from swanlab_ray.observer.transport.link import LinkBroken, welcomed
 
 
 class MortalDisk(Disk):

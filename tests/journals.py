@@ -6,9 +6,9 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 
-from swanlab_ray.actors.framing import frame
-from swanlab_ray.actors.journal import Journal, run_directory
-from swanlab_ray.actors.records import Entry, Header, pack
+from swanlab_ray.actors.journal.framing import frame
+from swanlab_ray.actors.journal.records import Entry, Header, pack
+from swanlab_ray.actors.journal.writing import Journal, run_directory
 
 
 def write_journal(log_dir: Path, run_id: str, entries: Iterable[Entry]) -> None:

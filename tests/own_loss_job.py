@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from swanlab_ray.observer import own_loss
+from swanlab_ray.observer.trainers import own_loss
 from tests import tiny
 
 LENGTHS = (2, 15, 3, 11)

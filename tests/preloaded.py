@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from swanlab_ray.observer.guards import set_environment
+from swanlab_ray.observer.ray_cluster.guards import set_environment
 
 set_environment()  # before Ray
 for _name in (
     "ray",
-    "swanlab_ray.actors.writer",
+    "swanlab_ray.actors.writer.actor",
     "swanlab_ray.observer.session",
     "torch.distributed.run",
     "accelerate",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from swanlab_ray.actors.protocol import Ack, Beat, Farewell, Goodbye, Hello, Scalars, WriterStatus, decode_batch
-from swanlab_ray.observer.link import LinkBroken
+from swanlab_ray.actors.wire.protocol import Ack, Beat, Farewell, Goodbye, Hello, Scalars, WriterStatus, decode_batch
+from swanlab_ray.observer.transport.link import LinkBroken
 
 
 class ShakyLink:

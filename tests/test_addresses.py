@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from swanlab_ray.observer import addresses, cluster, notices
+from swanlab_ray.observer.ray_cluster import addresses
+from swanlab_ray.observer.ray_cluster import finding as cluster
+from swanlab_ray.observer.script import notices
 
 Answer = Callable[[socket.socket], None]
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swanlab_ray.actors import aggregate
-from swanlab_ray.actors import over_ranks as over_ranks_module
-from swanlab_ray.actors.aggregate import DEADLINE_S, Aggregator
-from swanlab_ray.actors.protocol import JOB, RANK, USER, Scalars
+from swanlab_ray.actors.reduction import aggregate
+from swanlab_ray.actors.reduction import over_ranks as over_ranks_module
+from swanlab_ray.actors.reduction.aggregate import DEADLINE_S, Aggregator
+from swanlab_ray.actors.wire.protocol import JOB, RANK, USER, Scalars
 
 
 class Written:

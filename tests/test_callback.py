@@ -23,10 +23,11 @@ from ray import cloudpickle
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
-from swanlab_ray.actors.history import find_runs
+from swanlab_ray.actors.journal.reading import find_runs
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.observer import ObserverCallback, archive, completions, connect, current
-from swanlab_ray.observer.describe import run_config
+from swanlab_ray.observer import ObserverCallback, completions, connect, current
+from swanlab_ray.observer.history import archive
+from swanlab_ray.observer.trainers.run_config import run_config
 from tests import tiny
 from tests.conftest import Launch, SharedCluster, run_forked
 from tests.incarnations import Cluster, Link, logged_in, mortal, settings_for

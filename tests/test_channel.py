@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from swanlab_ray.actors.history import find_runs, merged
-from swanlab_ray.actors.protocol import (
+from swanlab_ray.actors.journal.reading import find_runs, merged
+from swanlab_ray.actors.journal.records import Batch
+from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.wire.protocol import (
     SCALARS,
     USER,
     Ack,
@@ -23,18 +25,16 @@ from swanlab_ray.actors.protocol import (
     Scalars,
     decode_batch,
 )
-from swanlab_ray.actors.records import Batch
-from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.observer import cells as cells_module
-from swanlab_ray.observer import channel as channel_module
 from swanlab_ray.observer import session as session_module
-from swanlab_ray.observer import spool as spool_module
-from swanlab_ray.observer.channel import Channel
-from swanlab_ray.observer.identity import Identity
-from swanlab_ray.observer.pulse import Pulse
+from swanlab_ray.observer.encoding import cells as cells_module
+from swanlab_ray.observer.encoding.numbers import encode
+from swanlab_ray.observer.job.doing import Pulse
+from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.session import Observer
-from swanlab_ray.observer.spans import SpanLog
-from swanlab_ray.observer.values import encode
+from swanlab_ray.observer.timing.spans import SpanLog
+from swanlab_ray.observer.transport import channel as channel_module
+from swanlab_ray.observer.transport import spool as spool_module
+from swanlab_ray.observer.transport.channel import Channel
 from tests.conftest import wait_until
 from tests.shaky_link import ShakyLink
 
@@ -269,7 +269,7 @@ def test_a_value_on_a_gpu_is_read_by_the_flusher_in_order(
     link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No GPU here: a value that says it is on one, and whose copy is ready some time later."""
-    import swanlab_ray.observer.values as values
+    import swanlab_ray.observer.encoding.numbers as values
 
     class OnGpu:
         is_cuda = True

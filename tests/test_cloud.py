@@ -13,18 +13,20 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from swanlab_ray.actors import cloud as cloud_module
-from swanlab_ray.actors import cloud_run, reducer, sink
-from swanlab_ray.actors import writer as writer_module
-from swanlab_ray.actors.at_work import AtWork
-from swanlab_ray.actors.cloud import CloudError
-from swanlab_ray.actors.cloud_run import CloudRun
-from swanlab_ray.actors.history import RunFiles
-from swanlab_ray.actors.protocol import WriterStatus
+from swanlab_ray.actors.delivery import cloud as cloud_run
+from swanlab_ray.actors.delivery import experiment as cloud_module
+from swanlab_ray.actors.delivery import follow as reducer
+from swanlab_ray.actors.delivery import queue as sink
+from swanlab_ray.actors.delivery.cloud import CloudRun
+from swanlab_ray.actors.delivery.experiment import CloudError
+from swanlab_ray.actors.journal.at_work import AtWork
+from swanlab_ray.actors.journal.reading import RunFiles
 from swanlab_ray.actors.settings import SettingsError
+from swanlab_ray.actors.wire.protocol import WriterStatus
+from swanlab_ray.actors.writer import actor as writer_module
 from swanlab_ray.observer import sync
 from swanlab_ray.observer.cli import main
-from swanlab_ray.observer.identity import Identity
+from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.session import Observer
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, settings_for
@@ -458,7 +460,7 @@ def test_sync_can_be_interrupted(tmp_path: Path, cloud: SwanLabCloud, monkeypatc
     job.log(range(STEPS))
     job.finish()
     cloud.experiments.clear()
-    monkeypatch.setattr("swanlab_ray.observer.upload.CHUNK_SCALARS", 100)
+    monkeypatch.setattr("swanlab_ray.observer.history.upload.CHUNK_SCALARS", 100)
     cloud.faults += [Fault("nothing"), Fault("metrics$", 0, count=5), Fault("metrics$", 503, count=1)]
     with pytest.raises(CloudError, match="503"):
         sync(tmp_path)
@@ -553,7 +555,7 @@ def test_a_training_that_is_resumed_replaces_what_it_runs_again(tmp_path: Path, 
 def test_a_spool_is_merged_by_sync(tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 is cut off for good: its part is on its disk, and the means are those of both ranks after the sync."""
     monkeypatch.setattr(writer_module, "FAILED_RANK_GRACE_S", 1.0)
-    monkeypatch.setattr("swanlab_ray.observer.channel.UNREACHABLE_S", 0.2)
+    monkeypatch.setattr("swanlab_ray.observer.transport.channel.UNREACHABLE_S", 0.2)
     job = Job(tmp_path, rank_timeout=3.0)
     job.log(range(50))
     link = job.observers[1]._link
@@ -694,7 +696,7 @@ def test_a_lone_spool_is_uploaded_and_what_is_missing_is_said(
     tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No writer was ever there: of two ranks one has kept its part on its disk."""
-    monkeypatch.setattr("swanlab_ray.observer.channel.UNREACHABLE_S", 0.2)
+    monkeypatch.setattr("swanlab_ray.observer.transport.channel.UNREACHABLE_S", 0.2)
     link = Link(Cluster(settings_for(tmp_path, mode="cloud")))
     link.cut = True
     observer = Observer(link.cluster.settings, Identity(0, 2, 0, 1), link)

@@ -15,15 +15,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from swanlab_ray.actors.completions import JOIN_PATIENCE_S, PATIENCE_S, TABLE, CompletionBuffer, CompletionRow
-from swanlab_ray.actors.history import find_runs
-from swanlab_ray.actors.protocol import Completions, Tokenizer
-from swanlab_ray.actors.sink import QUEUE_SCALARS, Sink
-from swanlab_ray.actors.tables import MEDIA_ITEMS, Decoder, Table, as_charts, as_texts, readable, table
-from swanlab_ray.observer import connect, transcripts, upload
-from swanlab_ray.observer.algorithms import detect
+from swanlab_ray.actors.completions.buffers import JOIN_PATIENCE_S, PATIENCE_S, TABLE, CompletionBuffer, CompletionRow
+from swanlab_ray.actors.completions.tables import MEDIA_ITEMS, Decoder, Table, as_charts, as_texts, readable, table
+from swanlab_ray.actors.delivery.queue import QUEUE_SCALARS, Sink
+from swanlab_ray.actors.journal.reading import find_runs
+from swanlab_ray.actors.wire.protocol import Completions, Tokenizer
+from swanlab_ray.observer import connect
 from swanlab_ray.observer.cli import main
-from swanlab_ray.observer.link import REFERENCE_BYTES
+from swanlab_ray.observer.history import transcripts, upload
+from swanlab_ray.observer.trainers.algorithms import detect
+from swanlab_ray.observer.transport.link import REFERENCE_BYTES
 from tests.conftest import SharedCluster, wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.swanlab_cloud import Fault, SwanLabCloud
@@ -234,7 +235,7 @@ def test_headers_are_unique_and_without_dots() -> None:
 
 def test_a_table_above_the_limit_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 1 << 20
-    monkeypatch.setattr("swanlab_ray.actors.tables.MEDIA_BYTES", limit)
+    monkeypatch.setattr("swanlab_ray.actors.completions.tables.MEDIA_BYTES", limit)
     whole = Table(["step", "rank", "text"], [[1, number, "€" * 30_000] for number in range(30)])
     charts = as_charts(whole)
     assert len(charts) > 1
@@ -359,7 +360,7 @@ def contents(cloud: SwanLabCloud) -> dict[int, list[tuple[int, str]]]:
 def test_tables_arrive_in_the_cloud_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     """Whatever the server does meanwhile, and however often they are uploaded again."""
     mortal(monkeypatch, swanlab=True)
-    monkeypatch.setattr("swanlab_ray.actors.cloud_run.RETRY_S", (0.02, 0.2))
+    monkeypatch.setattr("swanlab_ray.actors.delivery.cloud.RETRY_S", (0.02, 0.2))
     with SwanLabCloud() as cloud:
         for name, value in cloud.environment().items():
             monkeypatch.setenv(name, value)

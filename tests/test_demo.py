@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.observer import demo
 from swanlab_ray.observer.cli import main
+from swanlab_ray.observer.demo import run as demo
 from tests.conftest import wait_until
 
 

@@ -15,14 +15,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from swanlab_ray.actors import writer as writer_module
-from swanlab_ray.actors.history import find_runs
-from swanlab_ray.actors.journal import Journal
-from swanlab_ray.actors.writer import Fenced, Writer
-from swanlab_ray.observer import archive
-from swanlab_ray.observer import channel as channel_module
-from swanlab_ray.observer.identity import Identity
+from swanlab_ray.actors.journal.reading import find_runs
+from swanlab_ray.actors.journal.writing import Journal
+from swanlab_ray.actors.writer import actor as writer_module
+from swanlab_ray.actors.writer.actor import Fenced, Writer
+from swanlab_ray.observer.history import archive
+from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.session import Observer
+from swanlab_ray.observer.transport import channel as channel_module
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, logged_in, mortal, settings_for
 

@@ -9,12 +9,12 @@ import textwrap
 
 import pytest
 
-from swanlab_ray.observer.exits import describe
+from swanlab_ray.observer.script.ending import describe
 from tests.conftest import environment
 
 WATCHED = """
 import sys, threading
-from swanlab_ray.observer.exits import ExitWatch
+from swanlab_ray.observer.script.ending import ExitWatch
 ExitWatch(lambda verdict: print("verdict:", verdict, flush=True))
 
 def leave(code=3):
@@ -86,7 +86,7 @@ def test_a_second_run_is_told_of_sigterm_also_where_another_thread_has_finished_
     """Only the main thread can give a signal back; by then the first run is over."""
     source = """
     import os, signal, threading, time
-    from swanlab_ray.observer.termination import TerminationWatch
+    from swanlab_ray.observer.script.sigterm import TerminationWatch
     first = TerminationWatch(lambda: print("first", flush=True))
     thread = threading.Thread(target=first.stop)
     thread.start()

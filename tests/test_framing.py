@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from swanlab_ray.actors.framing import BLOCK, Damage, Record, frame, read
+from swanlab_ray.actors.journal.framing import BLOCK, Damage, Record, frame, read
 
 records = st.lists(
     st.one_of(st.binary(max_size=200), st.integers(0, 3 * BLOCK).map(lambda size: random.Random(size).randbytes(size))),

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from swanlab_ray.actors import reducer as reducer_module
-from swanlab_ray.actors.completions import TABLE
-from swanlab_ray.actors.history import find_runs
-from swanlab_ray.actors.protocol import WriterStatus
-from swanlab_ray.observer import archive, transcripts, upload
+from swanlab_ray.actors.completions.buffers import TABLE
+from swanlab_ray.actors.delivery import follow as reducer_module
+from swanlab_ray.actors.journal.reading import find_runs
+from swanlab_ray.actors.wire.protocol import WriterStatus
+from swanlab_ray.observer.history import archive, transcripts, upload
 from swanlab_ray.observer.session import Observer
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
@@ -182,7 +182,7 @@ def test_a_journal_that_cannot_be_followed_ends_the_run_all_the_same(
     def fails(*arguments: Any) -> Any:
         raise ValueError("thought of by nobody")
 
-    monkeypatch.setattr("swanlab_ray.actors.history.Follower.read", fails)
+    monkeypatch.setattr("swanlab_ray.actors.journal.reading.Follower.read", fails)
     observer.log({"x": 2.0}, 2)
     status = ended(cluster, [observer])
     assert status.state == "success"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from swanlab_ray.observer import archive, keeper
+from swanlab_ray.observer.history import archive
+from swanlab_ray.observer.ray_cluster import keeper
 from tests.conftest import Launch, SharedCluster, environment, run_forked
 from tests.swanlab_file import ended_run, only_run
 
@@ -206,7 +207,7 @@ def test_strict_raises_when_nobody_can_be_reached(launch: Launch) -> None:
 
 
 def test_ray_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from swanlab_ray.observer import cluster
+    from swanlab_ray.observer.ray_cluster import finding as cluster
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(cluster.NoCluster, match=r"^Ray is not installed: pip install 'ray>=2.50'\.$"):
@@ -216,7 +217,7 @@ def test_ray_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_several_machines_without_a_cluster_are_told_what_to_start(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from swanlab_ray.observer import cluster
+    from swanlab_ray.observer.ray_cluster import finding as cluster
 
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -230,7 +231,7 @@ def test_closed_standard_descriptors_are_no_socket_s(closed: str) -> None:
     code = f"""
 import os, sys
 for number in ({closed},): os.close(number)
-from swanlab_ray.observer.guards import occupy_standard_descriptors
+from swanlab_ray.observer.ray_cluster.guards import occupy_standard_descriptors
 occupy_standard_descriptors()
 assert all(os.readlink(f"/proc/self/fd/{{number}}") == "/dev/null" for number in ({closed},))
 reader, writer = os.pipe()

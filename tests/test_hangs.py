@@ -7,7 +7,7 @@ import re
 import signal
 from pathlib import Path
 
-from swanlab_ray.observer import archive
+from swanlab_ray.observer.history import archive
 from tests.conftest import Launch, SharedCluster, wait_until
 from tests.lark_bot import LarkGroup, texts
 from tests.swanlab_file import ended_run

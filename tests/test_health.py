@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from swanlab_ray.actors.health import FIRST_STEPS, LONG, PAUSES, STACKS_S, Health, Over
-from swanlab_ray.actors.history import summarise
-from swanlab_ray.actors.members import Member
-from swanlab_ray.actors.protocol import BEAT_S, Doing, Hang, Hello, Outcome, Stacks, decode_batch
-from swanlab_ray.actors.views import RankView
+from swanlab_ray.actors.health.hangs import FIRST_STEPS, LONG, PAUSES, STACKS_S, Health, Over
+from swanlab_ray.actors.journal.reading import summarise
+from swanlab_ray.actors.wire.protocol import BEAT_S, Doing, Hang, Hello, Outcome, Stacks, decode_batch
+from swanlab_ray.actors.writer.members import Member
+from swanlab_ray.actors.writer.progress import RankView
 from swanlab_ray.observer.cli import main
-from swanlab_ray.observer.pulse import Pulse
-from swanlab_ray.observer.spans import Span, SpanLog
+from swanlab_ray.observer.job.doing import Pulse
+from swanlab_ray.observer.timing.spans import Span, SpanLog
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.lark_bot import LarkGroup, texts
@@ -415,9 +415,9 @@ def test_spans_that_end_in_another_order_leave_nothing_open() -> None:
 def test_a_hang_is_told_once_and_that_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks of this process, one of which stands still: cards, the journal's alerts, and the stacks in it."""
     mortal(monkeypatch)
-    monkeypatch.setattr("swanlab_ray.actors.writer.STATUS_LINE_S", 0.2)
-    monkeypatch.setattr("swanlab_ray.observer.channel.BEAT_S", 0.1)
-    monkeypatch.setattr("swanlab_ray.actors.health.FIRST_STEPS", 1)
+    monkeypatch.setattr("swanlab_ray.actors.writer.actor.STATUS_LINE_S", 0.2)
+    monkeypatch.setattr("swanlab_ray.observer.transport.channel.BEAT_S", 0.1)
+    monkeypatch.setattr("swanlab_ray.actors.health.hangs.FIRST_STEPS", 1)
     with LarkGroup() as group:
         bot = {"lark_webhook_url": group.url, "lark_secret": group.secret}
         cluster = Cluster(settings_for(tmp_path, hang_timeout=8.0, **bot))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
-from swanlab_ray.observer.identity import Identity, check_run_id, identify, resolve_run_id, which_launch
+from swanlab_ray.observer.job.identity import Identity, check_run_id, identify, resolve_run_id, which_launch
 
 ONE = Identity(0, 1, 0, 1)
 TWO = Identity(0, 2, 0, 1)
@@ -110,6 +110,6 @@ def test_what_a_launcher_does_not_tell_is_left_open() -> None:
 
 
 def test_a_store_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swanlab_ray.observer.identity.STORE_DEADLINE_S", 0.2)
+    monkeypatch.setattr("swanlab_ray.observer.job.identity.STORE_DEADLINE_S", 0.2)
     env = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     assert which_launch(env | {"TORCHELASTIC_RESTART_COUNT": "1"}) == ("", 1)

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 
-from swanlab_ray.actors import journal as journal_module
-from swanlab_ray.actors.framing import frame
-from swanlab_ray.actors.history import Damaged, Follower, entries, find_runs, merged, summarise
-from swanlab_ray.actors.journal import Disk, Journal, Position, being_written, journal_files
-from swanlab_ray.actors.records import (
+from swanlab_ray.actors.journal import writing as journal_module
+from swanlab_ray.actors.journal.framing import frame
+from swanlab_ray.actors.journal.reading import Damaged, Follower, entries, find_runs, merged, summarise
+from swanlab_ray.actors.journal.records import (
     Alert,
     Arrived,
     Batch,
@@ -31,6 +30,7 @@ from swanlab_ray.actors.records import (
     pack,
     unpack,
 )
+from swanlab_ray.actors.journal.writing import Disk, Journal, Position, being_written, journal_files
 from tests.conftest import wait_until
 
 
@@ -433,9 +433,9 @@ def test_a_journal_of_a_newer_version_is_refused(tmp_path: Path) -> None:
 _KILLED = """
 import json, os, signal, sys, time
 from pathlib import Path
-from swanlab_ray.actors import journal as module
-from swanlab_ray.actors.journal import Disk, Journal
-from swanlab_ray.actors.records import Batch, Header
+from swanlab_ray.actors.journal import writing as module
+from swanlab_ray.actors.journal.writing import Disk, Journal
+from swanlab_ray.actors.journal.records import Batch, Header
 
 class MortalDisk(Disk):
     calls = 0

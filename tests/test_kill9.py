@@ -18,10 +18,11 @@ import ray
 import swanlab
 from click.testing import CliRunner, Result
 
-from swanlab_ray.actors.protocol import ACTOR_PREFIX, NAMESPACE
-from swanlab_ray.observer import archive, connect
-from swanlab_ray.observer import channel as channel_module
+from swanlab_ray.actors.wire.protocol import ACTOR_PREFIX, NAMESPACE
+from swanlab_ray.observer import connect
 from swanlab_ray.observer.cli import main
+from swanlab_ray.observer.history import archive
+from swanlab_ray.observer.transport import channel as channel_module
 from tests.conftest import Job, Launch, SharedCluster, wait_until
 from tests.incarnations import Cluster, Link, logged_in, mortal, rank, settings_for
 from tests.swanlab_cloud import SwanLabCloud
@@ -138,11 +139,11 @@ NODE_LOST = """
                       RAY_health_check_failure_threshold="3", RAY_health_check_timeout_ms="1000")
     import ray
     from ray.cluster_utils import Cluster
-    from swanlab_ray.actors.protocol import ACTOR_PREFIX, NAMESPACE
+    from swanlab_ray.actors.wire.protocol import ACTOR_PREFIX, NAMESPACE
     from swanlab_ray.actors.settings import ObserverSettings
-    from swanlab_ray.actors.writer import Writer
+    from swanlab_ray.actors.writer.actor import Writer
     from swanlab_ray.observer import connect
-    from swanlab_ray.observer.keeper import be_patient
+    from swanlab_ray.observer.ray_cluster.keeper import be_patient
 
     be_patient()
     small = dict(num_cpus=1, object_store_memory=80 << 20)

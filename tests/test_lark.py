@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from swanlab_ray.actors import lark as lark_module
-from swanlab_ray.actors import mailbox as mailbox_module
-from swanlab_ray.actors.cards import CUT, Message, Words, card, encoded, same
-from swanlab_ray.actors.lark import LarkBot
-from swanlab_ray.actors.mailbox import Mailbox, Refused, Unavailable
-from swanlab_ray.actors.proxies import proxy_for
+from swanlab_ray.actors.notify import lark as lark_module
+from swanlab_ray.actors.notify import outbox as mailbox_module
+from swanlab_ray.actors.notify.cards import CUT, Message, Words, card, encoded, same
+from swanlab_ray.actors.notify.lark import LarkBot
+from swanlab_ray.actors.notify.outbox import Mailbox, Refused, Unavailable
+from swanlab_ray.actors.notify.proxies import proxy_for
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
 from swanlab_ray.observer.cli import main
 from tests.conftest import wait_until

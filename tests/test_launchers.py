@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from swanlab_ray.actors.naming import is_run_id
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
-from swanlab_ray.observer.identity import (
+from swanlab_ray.actors.wire.naming import is_run_id
+from swanlab_ray.observer.job.identity import (
     Identity,
     check_run_id,
     fresh_run_id,

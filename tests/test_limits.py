@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 from swanlab.sdk.internal.pkg import constraints
 from swanlab.sdk.internal.run.fmt import validate_key
 
-from swanlab_ray.actors import cloud_run, swanlab_run, writer
-from swanlab_ray.actors.cloud_run import CloudRun
-from swanlab_ray.actors.limits import HIGHEST_STEP, fit_config, fitting
-from swanlab_ray.actors.protocol import State
+from swanlab_ray.actors.delivery import cloud as cloud_run
+from swanlab_ray.actors.delivery import disk as swanlab_run
+from swanlab_ray.actors.delivery.cloud import CloudRun
+from swanlab_ray.actors.delivery.disk import SwanLabRun, remove_run
+from swanlab_ray.actors.delivery.limits import HIGHEST_STEP, fit_config, fitting
+from swanlab_ray.actors.delivery.queue import FINISH_DEADLINE_S, Row, Sink
+from swanlab_ray.actors.delivery.thinning import SERIES, SERIES_PER_SECOND, Beginnings, Thinning
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.sink import FINISH_DEADLINE_S, Row, Sink
-from swanlab_ray.actors.swanlab_run import SwanLabRun, remove_run
-from swanlab_ray.actors.thinning import SERIES, SERIES_PER_SECOND, Beginnings, Thinning
+from swanlab_ray.actors.wire.protocol import State
+from swanlab_ray.actors.writer import actor as writer
 from swanlab_ray.observer.session import FINISH_TIMEOUT_S
 from tests.conftest import wait_until
 from tests.incarnations import NoSwanLab

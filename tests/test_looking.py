@@ -16,8 +16,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from swanlab_ray.actors.naming import is_run_id
-from swanlab_ray.actors.protocol import (
+from swanlab_ray.actors.delivery.queue import stderr
+from swanlab_ray.actors.journal.records import (
+    Alert,
+    Arrived,
+    Batch,
+    Closed,
+    Counts,
+    Ended,
+    Entry,
+    Finished,
+    Header,
+    Opened,
+)
+from swanlab_ray.actors.wire.naming import is_run_id
+from swanlab_ray.actors.wire.protocol import (
     SCALARS,
     USER,
     Completions,
@@ -28,13 +41,11 @@ from swanlab_ray.actors.protocol import (
     WriterStatus,
     encode_batch,
 )
-from swanlab_ray.actors.records import Alert, Arrived, Batch, Closed, Counts, Ended, Entry, Finished, Header, Opened
-from swanlab_ray.actors.sink import stderr
-from swanlab_ray.actors.text import one_line
-from swanlab_ray.observer import render, watch
+from swanlab_ray.actors.wire.text import one_line
 from swanlab_ray.observer.cli import main
-from swanlab_ray.observer.notices import logger
-from swanlab_ray.observer.values import encode
+from swanlab_ray.observer.encoding.numbers import encode
+from swanlab_ray.observer.looking import render, watch
+from swanlab_ray.observer.script.notices import logger
 from tests.journals import write_file
 
 NASTY = (

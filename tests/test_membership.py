@@ -13,11 +13,9 @@ import pytest
 import ray
 from pydantic import SecretStr
 
-from swanlab_ray.actors import newcomers as newcomers_module
-from swanlab_ray.actors import writer as writer_module
-from swanlab_ray.actors.clocks import Skew, Timeline
-from swanlab_ray.actors.history import Damaged, entries
-from swanlab_ray.actors.protocol import (
+from swanlab_ray.actors.journal.reading import Damaged, entries
+from swanlab_ray.actors.journal.records import Arrived, Entry, Returned
+from swanlab_ray.actors.wire.protocol import (
     SCALARS,
     USER,
     Ack,
@@ -31,15 +29,17 @@ from swanlab_ray.actors.protocol import (
     State,
     encode_batch,
 )
-from swanlab_ray.actors.records import Arrived, Entry, Returned
-from swanlab_ray.actors.version import package_version
-from swanlab_ray.actors.writer import RunEnded, Writer
-from swanlab_ray.observer import archive
-from swanlab_ray.observer import channel as channel_module
-from swanlab_ray.observer.identity import Identity, Launch
-from swanlab_ray.observer.link import LinkBroken, RayLink
+from swanlab_ray.actors.wire.version import package_version
+from swanlab_ray.actors.writer import actor as writer_module
+from swanlab_ray.actors.writer import newcomers as newcomers_module
+from swanlab_ray.actors.writer.actor import RunEnded, Writer
+from swanlab_ray.actors.writer.clocks import Skew, Timeline
+from swanlab_ray.observer.encoding.numbers import encode
+from swanlab_ray.observer.history import archive
+from swanlab_ray.observer.job.identity import Identity, Launch
 from swanlab_ray.observer.session import Observer
-from swanlab_ray.observer.values import encode
+from swanlab_ray.observer.transport import channel as channel_module
+from swanlab_ray.observer.transport.link import LinkBroken, RayLink
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, logged_in, mortal, rank, settings_for
 from tests.swanlab_cloud import KEY, SwanLabCloud
@@ -593,7 +593,7 @@ def test_refusals_are_told_though_much_waits_to_be_looked_at(tmp_path: Path, mon
 
 
 def test_more_names_than_are_told_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swanlab_ray.actors.views.REJECTED", 3)
+    monkeypatch.setattr("swanlab_ray.actors.writer.progress.REJECTED", 3)
     run = Told(tmp_path)
     run.welcome(0)
     run.send(0, (SCALARS, 0, 1, USER, {f"n{number}": "text" for number in range(9)}))
@@ -608,7 +608,7 @@ def test_more_names_than_are_told_are_counted(tmp_path: Path, monkeypatch: pytes
 
 def test_a_rank_s_key_is_used_where_the_writer_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was exported on one machine only, and another one's rank came first. A key for another host is not."""
-    monkeypatch.setattr("swanlab_ray.actors.cloud_run.RETRY_S", (0.02, 0.2))
+    monkeypatch.setattr("swanlab_ray.actors.delivery.cloud.RETRY_S", (0.02, 0.2))
     monkeypatch.setattr(Writer, "_make_sink", make_sink)
     with SwanLabCloud() as cloud:
         for name, value in cloud.environment().items():
@@ -652,7 +652,7 @@ def test_the_writer_of_a_run_that_has_just_ended_is_waited_out_without_a_word(
     error = LinkBroken("ActorDiedError: The actor died unexpectedly before finishing this task.")
     error.__cause__ = ray.exceptions.ActorDiedError()
     assert link._is_ending(error)
-    monkeypatch.setattr("swanlab_ray.observer.link.DYING_S", 0.0)
+    monkeypatch.setattr("swanlab_ray.observer.transport.link.DYING_S", 0.0)
     assert not link._is_ending(error)
     other = LinkBroken("no route to host")
     other.__cause__ = OSError()

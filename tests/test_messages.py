@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from swanlab_ray.actors.protocol import Scalars
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.observer import notices
-from swanlab_ray.observer.identity import Identity
+from swanlab_ray.actors.wire.protocol import Scalars
+from swanlab_ray.observer.job.identity import Identity
+from swanlab_ray.observer.script import notices
 from swanlab_ray.observer.session import Observer
 from tests.conftest import environment
 from tests.shaky_link import ShakyLink

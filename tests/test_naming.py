@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swanlab_ray.actors.history import find_runs
-from swanlab_ray.actors.journal import Appender, Disk
-from swanlab_ray.actors.naming import is_run_id, run_id_of
-from swanlab_ray.actors.records import Header
+from swanlab_ray.actors.journal.reading import find_runs
+from swanlab_ray.actors.journal.records import Header
+from swanlab_ray.actors.journal.writing import Appender, Disk
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError, check_writable
+from swanlab_ray.actors.wire.naming import is_run_id, run_id_of
 
 _ODD = st.text(st.sampled_from("./-_a0Ü文🦢\\ \n\0\x1b\u202e~*\udc80"), max_size=70)
 _WORDS = st.one_of(_ODD, st.text(max_size=80))

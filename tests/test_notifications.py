@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from swanlab_ray.actors import notifications as notifications_module
-from swanlab_ray.actors import writer as writer_module
-from swanlab_ray.actors.cards import Message, card
-from swanlab_ray.actors.history import summarise
-from swanlab_ray.actors.lark import LarkBot
-from swanlab_ray.actors.notifications import GONE_GRACE_S, START_PATIENCE_S, STRAGGLER_S, Notifications
-from swanlab_ray.actors.protocol import RankStatus, WriterStatus
-from swanlab_ray.actors.rules import Fired
-from swanlab_ray.actors.stragglers import Straggler
-from swanlab_ray.observer import channel as channel_module
+from swanlab_ray.actors.health.stragglers import Straggler
+from swanlab_ray.actors.journal.reading import summarise
+from swanlab_ray.actors.notify import messages as notifications_module
+from swanlab_ray.actors.notify.cards import Message, card
+from swanlab_ray.actors.notify.lark import LarkBot
+from swanlab_ray.actors.notify.messages import GONE_GRACE_S, START_PATIENCE_S, STRAGGLER_S, Notifications
+from swanlab_ray.actors.notify.rules import Fired
+from swanlab_ray.actors.wire.protocol import RankStatus, WriterStatus
+from swanlab_ray.actors.writer import actor as writer_module
+from swanlab_ray.observer.transport import channel as channel_module
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.lark_bot import SECRET, TOKEN, LarkGroup, texts

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from swanlab_ray.actors.history import find_runs
-from swanlab_ray.actors.journal import run_directory
-from swanlab_ray.actors.records import VERSION, Alert, Entry
-from swanlab_ray.observer import archive
-from swanlab_ray.observer import channel as channel_module
+from swanlab_ray.actors.journal.reading import find_runs
+from swanlab_ray.actors.journal.records import VERSION, Alert, Entry
+from swanlab_ray.actors.journal.writing import run_directory
 from swanlab_ray.observer import session as session_module
 from swanlab_ray.observer.cli import main
-from swanlab_ray.observer.spool import how_to_upload
+from swanlab_ray.observer.history import archive
+from swanlab_ray.observer.transport import channel as channel_module
+from swanlab_ray.observer.transport.spool import how_to_upload
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.journals import write_file
@@ -111,7 +111,7 @@ def test_files_of_somebody_else_hide_no_run(newer: Path, monkeypatch: pytest.Mon
             raise PermissionError(13, "Permission denied", str(theirs))
         return really(Path(path), *arguments, **options)
 
-    monkeypatch.setattr("swanlab_ray.actors.framing.open", refuse, raising=False)
+    monkeypatch.setattr("swanlab_ray.actors.journal.framing.open", refuse, raising=False)
     done = invoke("runs", "--log-dir", newer)
     assert "today" in done.stdout
     assert f"run theirs: '{theirs}' cannot be read: Permission denied" in done.stderr

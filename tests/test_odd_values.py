@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from swanlab_ray.actors.protocol import Completions, Scalars
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.observer import archive
-from swanlab_ray.observer.identity import Identity
+from swanlab_ray.actors.wire.protocol import Completions, Scalars
+from swanlab_ray.observer.history import archive
+from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.session import DisabledObserver, Observer
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from swanlab_ray.actors import on_disk
-from swanlab_ray.actors.history import Summary, find_runs, merged, summarise
-from swanlab_ray.actors.journal import Appender, Disk, run_directory
-from swanlab_ray.actors.protocol import SCALARS, USER, WINDOW, Hello, encode_batch
-from swanlab_ray.actors.records import Arrived, Batch, Ended, Entry, Finished, Header, pack
-from swanlab_ray.actors.seen import InOrder, Numbers
-from swanlab_ray.observer import archive
-from swanlab_ray.observer.values import encode
+from swanlab_ray.actors.journal import on_disk
+from swanlab_ray.actors.journal.reading import Summary, find_runs, merged, summarise
+from swanlab_ray.actors.journal.records import Arrived, Batch, Ended, Entry, Finished, Header, pack
+from swanlab_ray.actors.journal.seen import InOrder, Numbers
+from swanlab_ray.actors.journal.writing import Appender, Disk, run_directory
+from swanlab_ray.actors.wire.protocol import SCALARS, USER, WINDOW, Hello, encode_batch
+from swanlab_ray.observer.encoding.numbers import encode
+from swanlab_ray.observer.history import archive
 from tests.incarnations import Cluster, MortalDisk, mortal, settings_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

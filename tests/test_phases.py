@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from transformers import Trainer
 
-from swanlab_ray.actors.protocol import Spans, decode_batch
-from swanlab_ray.actors.records import Batch
-from swanlab_ray.actors.spans import Span, spans_of
+from swanlab_ray.actors.journal.records import Batch
+from swanlab_ray.actors.reduction.spans import Span, spans_of
+from swanlab_ray.actors.wire.protocol import Spans, decode_batch
 from swanlab_ray.observer import Observer, ObserverCallback, ObserverSettings
 from swanlab_ray.observer import callback as callback_module
-from swanlab_ray.observer import spans as spans_module
-from swanlab_ray.observer.phases import PHASES
 from swanlab_ray.observer.profiling import DEFAULT_PROFILING_CONFIG, swanlab_profile
+from swanlab_ray.observer.timing import spans as spans_module
+from swanlab_ray.observer.timing.phases import PHASES
 from tests import rlhf, tiny
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 
@@ -38,7 +38,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 def logged(cluster: Cluster) -> list[Span]:
-    from swanlab_ray.actors.history import merged
+    from swanlab_ray.actors.journal.reading import merged
 
     return [
         span

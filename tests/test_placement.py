@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from swanlab_ray.observer import archive
+from swanlab_ray.observer.history import archive
 from tests.conftest import Launch, SharedCluster
 
 TRIAL = """

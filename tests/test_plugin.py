@@ -18,10 +18,12 @@ from pydantic import SecretStr
 if find_spec("axolotl") is None:
     pytest.skip("Axolotl is not installed: `make test` runs these tests with it", allow_module_level=True)
 
-from swanlab_ray.actors.history import find_runs
+from swanlab_ray.actors.journal.reading import find_runs
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
-from swanlab_ray.observer import archive, current, notices, sync, transcripts
-from swanlab_ray.observer.identity import Identity
+from swanlab_ray.observer import current, sync
+from swanlab_ray.observer.history import archive, transcripts
+from swanlab_ray.observer.job.identity import Identity
+from swanlab_ray.observer.script import notices
 from swanlab_ray.plugin import SwanLabRayPlugin, driver
 from swanlab_ray.plugin.args import KEYS, SwanLabRayArgs, settings_from
 from tests import axolotl_files, rlhf
@@ -489,7 +491,7 @@ if __name__ == "__main__":
     import os
     from axolotl.cli.train import do_cli
     from ray.cluster_utils import Cluster
-    from swanlab_ray.observer.keeper import be_patient, leave_out_what_idles
+    from swanlab_ray.observer.ray_cluster.keeper import be_patient, leave_out_what_idles
 
     be_patient()
     leave_out_what_idles(dashboard=False)

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swanlab_ray.actors import journal as journal_module
-from swanlab_ray.actors import writer as writer_module
-from swanlab_ray.actors.batches import BatchReader
-from swanlab_ray.actors.history import find_runs, merged
-from swanlab_ray.actors.protocol import WINDOW, Scalars
-from swanlab_ray.actors.records import Batch
-from swanlab_ray.observer import archive
-from swanlab_ray.observer import channel as channel_module
+from swanlab_ray.actors.journal import writing as journal_module
+from swanlab_ray.actors.journal.batches import BatchReader
+from swanlab_ray.actors.journal.reading import find_runs, merged
+from swanlab_ray.actors.journal.records import Batch
+from swanlab_ray.actors.wire.protocol import WINDOW, Scalars
+from swanlab_ray.actors.writer import actor as writer_module
+from swanlab_ray.observer.history import archive
 from swanlab_ray.observer.session import Observer
+from swanlab_ray.observer.transport import channel as channel_module
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.power_loss import PowerDisk, lose_power

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from swanlab_ray.actors.locks import hold_lock, holder, nobody_holds, release_lock
-from swanlab_ray.observer import directories, keeper, private
-from swanlab_ray.observer.addresses import NoCluster
+from swanlab_ray.actors.wire.locks import hold_lock, holder, nobody_holds, release_lock
+from swanlab_ray.observer.ray_cluster import directories, keeper, private
+from swanlab_ray.observer.ray_cluster.addresses import NoCluster
 from tests.conftest import wait_until
 
 HOLD = """
 import sys, time
-from swanlab_ray.actors.locks import hold_lock
+from swanlab_ray.actors.wire.locks import hold_lock
 hold_lock(sys.argv[1])
 print("held", flush=True)
 time.sleep(60)
@@ -113,7 +113,7 @@ def test_looking_at_a_lock_of_our_own_keeps_it(tmp_path: Path, other_process: li
     """A record lock goes when its process closes any descriptor of the file, so it is not opened again."""
     path = tmp_path / "lock"
     descriptor = hold_lock(str(path))
-    look = "import sys; from swanlab_ray.actors.locks import nobody_holds; sys.exit(nobody_holds(sys.argv[1]))"
+    look = "import sys; from swanlab_ray.actors.wire.locks import nobody_holds; sys.exit(nobody_holds(sys.argv[1]))"
     assert not nobody_holds(str(path))
     assert not nobody_holds(str(path))
     assert subprocess.run([sys.executable, "-c", look, path]).returncode == 0  # somebody does
@@ -254,7 +254,8 @@ def test_a_cluster_that_does_not_start_leaves_the_reason(
             """
 import sys, time, subprocess
 from pathlib import Path
-from swanlab_ray.observer import keeper, directories
+from swanlab_ray.observer.ray_cluster import keeper
+from swanlab_ray.observer.ray_cluster import directories
 directories.roots = lambda: [Path(sys.argv[1]).parent]
 with keeper.Starting(Path(sys.argv[1]), Path(sys.argv[2]), deadline=1.0):
     print(subprocess.Popen(["sleep", "60"]).pid, flush=True)

@@ -13,8 +13,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swanlab_ray.actors import protocol
-from swanlab_ray.actors.protocol import (
+from swanlab_ray.actors.wire import protocol
+from swanlab_ray.actors.wire.protocol import (
     COMPLETIONS,
     SCALARS,
     SPANS,
@@ -24,7 +24,7 @@ from swanlab_ray.actors.protocol import (
     decode_batch,
     encode_batch,
 )
-from swanlab_ray.observer.values import encode, salvage
+from swanlab_ray.observer.encoding.numbers import encode, salvage
 
 
 def through(values: dict[str, Any]) -> tuple[dict[str, float], dict[str, str]]:

@@ -13,21 +13,21 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from swanlab_ray.actors import journal as journal_module
-from swanlab_ray.actors import on_disk
-from swanlab_ray.actors.history import Damaged, entries
-from swanlab_ray.actors.journal import Disk, journal_files
-from swanlab_ray.actors.protocol import SCALARS, USER, Counted, Goodbye, encode_batch
-from swanlab_ray.actors.records import Arrived, Batch, Ended, Finished, Returned, Tick
-from swanlab_ray.actors.reduction import Reduction
-from swanlab_ray.actors.seen import Numbers
-from swanlab_ray.actors.tables import Table
-from swanlab_ray.observer import archive
-from swanlab_ray.observer import channel as channel_module
+from swanlab_ray.actors.completions.tables import Table
+from swanlab_ray.actors.journal import on_disk
+from swanlab_ray.actors.journal import writing as journal_module
+from swanlab_ray.actors.journal.reading import Damaged, entries
+from swanlab_ray.actors.journal.records import Arrived, Batch, Ended, Finished, Returned, Tick
+from swanlab_ray.actors.journal.seen import Numbers
+from swanlab_ray.actors.journal.writing import Disk, journal_files
+from swanlab_ray.actors.reduction.reduction import Reduction
+from swanlab_ray.actors.wire.protocol import SCALARS, USER, Counted, Goodbye, encode_batch
 from swanlab_ray.observer.cli import main
-from swanlab_ray.observer.link import LinkBroken, RunOver
-from swanlab_ray.observer.spool import Spool
-from swanlab_ray.observer.values import Deferred, encode
+from swanlab_ray.observer.encoding.numbers import Deferred, encode
+from swanlab_ray.observer.history import archive
+from swanlab_ray.observer.transport import channel as channel_module
+from swanlab_ray.observer.transport.link import LinkBroken, RunOver
+from swanlab_ray.observer.transport.spool import Spool
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, MortalDisk, logged_in, mortal, rank, settings_for
 
@@ -373,7 +373,7 @@ def test_a_pause_of_the_writer_does_not_end_the_run(tmp_path: Path, monkeypatch:
     assert observer.flush()
     writer = cluster.find()
     real, pause = time.monotonic, [0.0]
-    monkeypatch.setattr("swanlab_ray.actors.writer.time.monotonic", lambda: real() + pause[0])
+    monkeypatch.setattr("swanlab_ray.actors.writer.actor.time.monotonic", lambda: real() + pause[0])
     pause[0] = 3600.0
     observer.log({"x": 1}, 1)
     assert observer.flush(20)

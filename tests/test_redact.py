@@ -25,10 +25,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr
 
-from swanlab_ray.actors import secret_shapes
-from swanlab_ray.actors.secret_shapes import masked, masker
-from swanlab_ray.observer import redact
-from swanlab_ray.observer.redact import plain
+from swanlab_ray.actors.wire import secret_shapes
+from swanlab_ray.actors.wire.secret_shapes import masked, masker
+from swanlab_ray.observer.encoding import redact
+from swanlab_ray.observer.encoding.redact import plain
 
 # Values.
 

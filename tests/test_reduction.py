@@ -11,10 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swanlab_ray.actors import written
-from swanlab_ray.actors.aggregate import DEADLINE_S, PATIENCE_S
-from swanlab_ray.actors.clock import LEAP_S, Clock
-from swanlab_ray.actors.protocol import (
+from swanlab_ray.actors.completions.tables import Table
+from swanlab_ray.actors.journal.records import Arrived, Batch, Ended, Tick
+from swanlab_ray.actors.reduction import written
+from swanlab_ray.actors.reduction.aggregate import DEADLINE_S, PATIENCE_S
+from swanlab_ray.actors.reduction.clock import LEAP_S, Clock
+from swanlab_ray.actors.reduction.reduction import Reduction
+from swanlab_ray.actors.wire.protocol import (
     PROGRESS,
     RANK,
     SCALARS,
@@ -26,11 +29,8 @@ from swanlab_ray.actors.protocol import (
     Spans,
     encode_batch,
 )
-from swanlab_ray.actors.records import Arrived, Batch, Ended, Tick
-from swanlab_ray.actors.reduction import Reduction
-from swanlab_ray.actors.status import REPEATED
-from swanlab_ray.actors.tables import Table
-from swanlab_ray.observer.values import encode
+from swanlab_ray.actors.wire.status import REPEATED
+from swanlab_ray.observer.encoding.numbers import encode
 from tests.incarnations import settings_for
 
 S = 10**9

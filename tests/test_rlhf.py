@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from swanlab_ray.actors.completions import TABLE
-from swanlab_ray.observer import completions, transcripts
+from swanlab_ray.actors.completions.buffers import TABLE
+from swanlab_ray.observer import completions
+from swanlab_ray.observer.history import transcripts
 from tests import rlhf, tiny
 from tests.conftest import Launch, SharedCluster, run_forked
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
@@ -112,7 +113,7 @@ def test_every_rank_s_rows_arrive_once_and_change_nothing(
         for algorithm, trained in result.items():
             assert trained["weights"][0] == trained["weights"][1], algorithm
             assert trained["logs"][0] == trained["logs"][1], algorithm
-    from swanlab_ray.actors.history import find_runs
+    from swanlab_ray.actors.journal.reading import find_runs
 
     (run,) = find_runs([tmp_path])
     rows = list(transcripts.completions(run))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from swanlab_ray.actors.rules import FIRES, REARM_VALUES, Rules, parse
+from swanlab_ray.actors.notify.rules import FIRES, REARM_VALUES, Rules, parse
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
-from swanlab_ray.observer import archive
+from swanlab_ray.observer.history import archive
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from swanlab_ray.observer import archive
-from swanlab_ray.observer.exits import describe
-from swanlab_ray.observer.notices import logger
-from swanlab_ray.observer.redact import plain
+from swanlab_ray.observer.encoding.redact import plain
+from swanlab_ray.observer.history import archive
+from swanlab_ray.observer.script.ending import describe
+from swanlab_ray.observer.script.notices import logger
 from tests.conftest import Launch, SharedCluster
 from tests.swanlab_cloud import KEY, SwanLabCloud
 

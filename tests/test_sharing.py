@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 
-from swanlab_ray.actors.writer import RunEnded
-from swanlab_ray.observer import cluster, guards, link, session, sharing
+from swanlab_ray.actors.writer.actor import RunEnded
+from swanlab_ray.observer import session
+from swanlab_ray.observer.ray_cluster import finding as cluster
+from swanlab_ray.observer.ray_cluster import guards, sharing
+from swanlab_ray.observer.transport import link
 from tests.conftest import Launch
 
 
@@ -281,8 +284,8 @@ def test_a_head_without_the_package_is_told_and_asked_three_times(
     import ray
     from ray.exceptions import ActorUnavailableError, RayTaskError
 
-    from swanlab_ray.actors import handle
-    from swanlab_ray.observer.identity import Identity
+    from swanlab_ray.actors.writer import handle
+    from swanlab_ray.observer.job.identity import Identity
     from tests.incarnations import settings_for
 
     missing = ModuleNotFoundError("No module named 'swanlab_ray'")
@@ -324,7 +327,7 @@ def test_a_script_that_uses_ray_after_connect_has_its_own(launch: Launch) -> Non
                 return int(ray.cluster_resources()["CPU"])
 
             assert not ray.is_initialized()
-            from swanlab_ray.observer.keeper import be_patient, leave_out_what_idles
+            from swanlab_ray.observer.ray_cluster.keeper import be_patient, leave_out_what_idles
             be_patient()  # this machine may need longer to start a node than Ray waits
             leave_out_what_idles(dashboard=False)
             ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)

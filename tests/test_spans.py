@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from swanlab_ray.actors.protocol import Spans, decode_batch, encode_batch
-from swanlab_ray.actors.spans import RankSpans, Span, spans_of
-from swanlab_ray.observer import connect, profiling, spans
+from swanlab_ray.actors.reduction.spans import RankSpans, Span, spans_of
+from swanlab_ray.actors.wire.protocol import Spans, decode_batch, encode_batch
+from swanlab_ray.observer import connect, profiling
+from swanlab_ray.observer.encoding.numbers import Deferred
 from swanlab_ray.observer.profiling import (
     DEFAULT_PROFILING_CONFIG,
     ProfilingConfig,
@@ -24,8 +25,8 @@ from swanlab_ray.observer.profiling import (
     swanlab_profiling_context,
     swanlab_profiling_context_advanced,
 )
-from swanlab_ray.observer.spans import SpanLog
-from swanlab_ray.observer.values import Deferred
+from swanlab_ray.observer.timing import spans
+from swanlab_ray.observer.timing.spans import SpanLog
 from tests.incarnations import Cluster, Link, NoSwanLab, mortal, rank, settings_for
 
 
@@ -475,7 +476,7 @@ def test_series_over_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_fast_loop_does_not_flood_swanlab(monkeypatch: pytest.MonkeyPatch) -> None:
-    from swanlab_ray.actors import timings
+    from swanlab_ray.actors.reduction import timings
 
     rows: list[tuple[int, dict[str, float]]] = []
     said: list[str] = []

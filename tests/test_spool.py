@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from swanlab_ray.actors.history import find_runs, merged
-from swanlab_ray.actors.records import Batch
-from swanlab_ray.observer import spool as spool_module
-from swanlab_ray.observer.spool import Spool
+from swanlab_ray.actors.journal.reading import find_runs, merged
+from swanlab_ray.actors.journal.records import Batch
+from swanlab_ray.observer.transport import spool as spool_module
+from swanlab_ray.observer.transport.spool import Spool
 from tests.incarnations import settings_for
 
 DATA = b"x" * 1000

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from swanlab_ray.actors.spans import Phase, StepTimes
-from swanlab_ray.actors.stragglers import ELSEWHERE, Lateness, Straggler, Stragglers
+from swanlab_ray.actors.health.stragglers import ELSEWHERE, Lateness, Straggler, Stragglers
+from swanlab_ray.actors.reduction.spans import Phase, StepTimes
 
 Work = dict[str, float]
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from swanlab_ray.observer.cli import main
-from swanlab_ray.observer.identity import fresh_run_id
+from swanlab_ray.observer.job.identity import fresh_run_id
 from tests.journals import write_file
 from tests.test_looking import everything_called, header, squeezed
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from swanlab_ray.observer import archive
+from swanlab_ray.observer.history import archive
 from tests.conftest import Launch, SharedCluster, wait_until
 from tests.lark_bot import LarkGroup, texts
 from tests.swanlab_file import ended_run, only_run

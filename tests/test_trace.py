@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from swanlab_ray.actors.protocol import SCALARS, USER, Spans, encode_batch
-from swanlab_ray.actors.records import Alert, Arrived, Batch, Ended, Entry
+from swanlab_ray.actors.journal.records import Alert, Arrived, Batch, Ended, Entry
+from swanlab_ray.actors.wire.protocol import SCALARS, USER, Spans, encode_batch
 from swanlab_ray.observer.cli import main
-from swanlab_ray.observer.values import encode
+from swanlab_ray.observer.encoding.numbers import encode
 from tests.journals import write_journal
 
 MS = 10**6

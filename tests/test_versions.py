@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from swanlab_ray.actors.at_work import STILL_S
-from swanlab_ray.actors.history import find_runs, summarise
-from swanlab_ray.actors.journal import Appender, Disk, run_directory
-from swanlab_ray.actors.protocol import COMPLETIONS, SCALARS, SPANS, USER, encode_batch
-from swanlab_ray.actors.records import (
+from swanlab_ray.actors.journal.at_work import STILL_S
+from swanlab_ray.actors.journal.reading import find_runs, summarise
+from swanlab_ray.actors.journal.records import (
     REDUCTION_VERSION,
     Arrived,
     Batch,
@@ -26,10 +24,14 @@ from swanlab_ray.actors.records import (
     Header,
     unpack,
 )
-from swanlab_ray.actors.version import package_version
-from swanlab_ray.observer import archive, sync
+from swanlab_ray.actors.journal.writing import Appender, Disk, run_directory
+from swanlab_ray.actors.wire.protocol import COMPLETIONS, SCALARS, SPANS, USER, encode_batch
+from swanlab_ray.actors.wire.version import package_version
+from swanlab_ray.observer import sync
 from swanlab_ray.observer.cli import main
-from swanlab_ray.observer.values import encode
+from swanlab_ray.observer.encoding.numbers import encode
+from swanlab_ray.observer.history import archive
+from swanlab_ray.observer.transport import channel
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.journals import write_journal
@@ -119,7 +121,7 @@ def test_a_live_writer_says_so_once_and_goes_on(tmp_path: Path, monkeypatch: pyt
     observer.log({"x": 0}, 0)
     assert observer.flush()
     writer = cluster.find()
-    monkeypatch.setattr("swanlab_ray.observer.channel.encode_batch", lambda events: b"\xc1 of another version")
+    monkeypatch.setattr(channel, "encode_batch", lambda events: b"\xc1 of another version")
     for step in (1, 2):
         observer.log({"x": step}, step)
         assert observer.flush()
@@ -161,7 +163,7 @@ def test_rows_that_another_reduction_has_counted_are_not_skipped(
 
 
 def _write(log_dir: Path, run_id: str, public: dict[str, object], entries: list[Entry], host: str = "h") -> Path:
-    from swanlab_ray.actors.records import pack
+    from swanlab_ray.actors.journal.records import pack
 
     directory = run_directory(log_dir, run_id)
     directory.mkdir(parents=True)
@@ -215,7 +217,7 @@ def test_without_locks_the_last_record_tells_of_this_machine_too(
 
 def test_a_writer_that_nobody_writes_to_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mortal(monkeypatch)
-    monkeypatch.setattr("swanlab_ray.actors.writer.ALIVE_TICK_S", 0.1)
+    monkeypatch.setattr("swanlab_ray.actors.writer.actor.ALIVE_TICK_S", 0.1)
     cluster = Cluster(settings_for(tmp_path))
     cluster.find()
     (path,) = cluster.files.journals

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from swanlab_ray.actors.history import find_runs
+from swanlab_ray.actors.journal.reading import find_runs
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
-from swanlab_ray.observer import session, which_run
-from swanlab_ray.observer.identity import Identity, resolve_run_id
+from swanlab_ray.observer import session
+from swanlab_ray.observer.job import which_run
+from swanlab_ray.observer.job.identity import Identity, resolve_run_id
 from swanlab_ray.observer.session import DisabledObserver, Observer, connect
 from tests import incarnations
 from tests.swanlab_file import read_run, run_dirs

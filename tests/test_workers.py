@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from swanlab_ray.actors.history import find_runs
+from swanlab_ray.actors.journal.reading import find_runs
 from tests.conftest import job_environment
 from tests.incarnations import logged_in
 
 SCRIPT = """
     import multiprocessing, os, sys, time
-    from swanlab_ray.observer import connect, workers
+    from swanlab_ray.observer import connect
+    from swanlab_ray.observer.script import workers
     how, what = sys.argv[1], sys.argv[2]
 
     def join(place):
@@ -98,7 +99,8 @@ def test_ranks_that_a_process_starts_are_ranks(how: str, what: str, tmp_path: Pa
 
 FORKED_RANK = """
     import multiprocessing, os, time
-    from swanlab_ray.observer import connect, sharing
+    from swanlab_ray.observer import connect
+    from swanlab_ray.observer.ray_cluster import sharing
 
     def rank():
         os.environ.update(RANK="0", WORLD_SIZE="1", OBSERVER_RUN_ID="r")

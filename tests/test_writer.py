@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from swanlab_ray.actors import newcomers as newcomers_module
-from swanlab_ray.actors import writer as writer_module
-from swanlab_ray.actors.history import KILLED
-from swanlab_ray.actors.locks import pid_namespace
-from swanlab_ray.actors.protocol import (
+from swanlab_ray.actors.journal.reading import KILLED
+from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.wire.locks import pid_namespace
+from swanlab_ray.actors.wire.protocol import (
     SCALARS,
     USER,
     Beat,
@@ -27,10 +26,11 @@ from swanlab_ray.actors.protocol import (
     State,
     encode_batch,
 )
-from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.writer import RunEnded, Writer
-from swanlab_ray.observer import archive
-from swanlab_ray.observer.values import encode
+from swanlab_ray.actors.writer import actor as writer_module
+from swanlab_ray.actors.writer import newcomers as newcomers_module
+from swanlab_ray.actors.writer.actor import RunEnded, Writer
+from swanlab_ray.observer.encoding.numbers import encode
+from swanlab_ray.observer.history import archive
 from tests.conftest import wait_until
 from tests.swanlab_file import RunFile, only_run
 
@@ -312,7 +312,7 @@ def test_a_log_dir_that_cannot_be_written_is_said_and_nothing_is_acknowledged(
 
 
 def test_status_line_and_repr(tmp_path: Path) -> None:
-    from swanlab_ray.actors.status import status_line
+    from swanlab_ray.actors.wire.status import status_line
 
     run = Run(tmp_path, 2)
     run.hello(0)

@@ -14,12 +14,12 @@ from typing import Any
 
 import psutil
 
-from swanlab_ray.actors.protocol import COMPLETIONS, encode_batch
-from swanlab_ray.actors.records import Arrived, Batch
-from swanlab_ray.actors.reduction import Reduction
+from swanlab_ray.actors.journal.records import Arrived, Batch
+from swanlab_ray.actors.reduction.reduction import Reduction
 from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.wire.protocol import COMPLETIONS, encode_batch
 from swanlab_ray.observer.completions import attach
-from swanlab_ray.observer.values import Deferred, encode
+from swanlab_ray.observer.encoding.numbers import Deferred, encode
 from tests import rlhf
 
 STEPS = 40

@@ -69,10 +69,10 @@ class Direct:
 
 def ours(sync: bool) -> tuple[float, float]:
     """Scalars a second to the last acknowledgement, and bytes a scalar."""
-    from swanlab_ray.actors import writer as writers
-    from swanlab_ray.actors.journal import Disk
+    from swanlab_ray.actors.journal.writing import Disk
     from swanlab_ray.actors.settings import ObserverSettings
-    from swanlab_ray.observer.identity import Identity
+    from swanlab_ray.actors.writer import actor as writers
+    from swanlab_ray.observer.job.identity import Identity
     from swanlab_ray.observer.session import Observer
 
     log_dir = Path(tempfile.mkdtemp())
@@ -121,14 +121,14 @@ class Counting:
 
 def recovery() -> None:
     """A new writer on a journal of a million events: until it answers, and until SwanLab would have all of it."""
-    from swanlab_ray.actors.history import Damaged, find_runs, merged, summarise
-    from swanlab_ray.actors.journal import Journal, run_directory
-    from swanlab_ray.actors.protocol import SCALARS as SCALARS_TAG
-    from swanlab_ray.actors.protocol import USER, encode_batch
-    from swanlab_ray.actors.records import Arrived, Batch, Header
-    from swanlab_ray.actors.reduction import Reduction
+    from swanlab_ray.actors.journal.reading import Damaged, find_runs, merged, summarise
+    from swanlab_ray.actors.journal.records import Arrived, Batch, Header
+    from swanlab_ray.actors.journal.writing import Journal, run_directory
+    from swanlab_ray.actors.reduction.reduction import Reduction
     from swanlab_ray.actors.settings import ObserverSettings
-    from swanlab_ray.observer.values import encode
+    from swanlab_ray.actors.wire.protocol import SCALARS as SCALARS_TAG
+    from swanlab_ray.actors.wire.protocol import USER, encode_batch
+    from swanlab_ray.observer.encoding.numbers import encode
 
     directory = run_directory(Path(tempfile.mkdtemp()), "bench")
     journal = Journal(

@@ -28,7 +28,7 @@ class Gone:
     run_id = "bench"
 
     def open(self, hello: Any) -> Any:
-        from swanlab_ray.observer.link import LinkBroken
+        from swanlab_ray.observer.transport.link import LinkBroken
 
         raise LinkBroken("nobody is there")
 
@@ -42,7 +42,7 @@ def megabytes() -> float:
 def away() -> None:
     """A rank alone: 64 MiB in memory, then its disk."""
     from swanlab_ray.actors.settings import ObserverSettings
-    from swanlab_ray.observer.identity import Identity
+    from swanlab_ray.observer.job.identity import Identity
     from swanlab_ray.observer.session import Observer
 
     settings = ObserverSettings(project="bench", mode="offline", log_dir=tempfile.mkdtemp(), run_id="bench")
@@ -66,10 +66,10 @@ def away() -> None:
 
 def soak() -> None:
     """A writer with everything but SwanLab itself, whose memory is not ours."""
+    from swanlab_ray.actors.delivery.queue import Row, Sink
     from swanlab_ray.actors.settings import ObserverSettings
-    from swanlab_ray.actors.sink import Row, Sink
-    from swanlab_ray.actors.writer import Writer
-    from swanlab_ray.observer.identity import Identity
+    from swanlab_ray.actors.writer.actor import Writer
+    from swanlab_ray.observer.job.identity import Identity
     from swanlab_ray.observer.session import Observer
 
     class Nowhere(Sink):

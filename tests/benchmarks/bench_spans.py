@@ -46,8 +46,9 @@ class Empty:
 
 def calls(directory: Path) -> None:
     """Microseconds a call, without those of the loop."""
-    from swanlab_ray.observer import connect, spans
+    from swanlab_ray.observer import connect
     from swanlab_ray.observer.profiling import DEFAULT_PROFILING_CONFIG, swanlab_profile, swanlab_profiling_context
+    from swanlab_ray.observer.timing import spans
 
     DEFAULT_PROFILING_CONFIG.min_duration_ms = 0.0  # else nothing this short is logged
     observer = connect(project="bench", mode="offline", log_dir=directory / "ours")
@@ -146,7 +147,7 @@ def step_of_spans() -> None:
     import torch
 
     from swanlab_ray.actors.settings import ObserverSettings
-    from swanlab_ray.observer.identity import Identity
+    from swanlab_ray.observer.job.identity import Identity
     from swanlab_ray.observer.session import Observer
 
     settings = ObserverSettings(project="bench", mode="offline", log_dir=tempfile.mkdtemp(), run_id="bench")
@@ -199,11 +200,11 @@ def step_of_spans() -> None:
 
 def many_ranks() -> None:
     """A writer that gets the spans of 64 ranks, as fast as it takes them."""
-    from swanlab_ray.actors.protocol import Hello, Spans, encode_batch
+    from swanlab_ray.actors.delivery.queue import Row, Sink
     from swanlab_ray.actors.settings import ObserverSettings
-    from swanlab_ray.actors.sink import Row, Sink
-    from swanlab_ray.actors.writer import Writer
-    from swanlab_ray.observer.values import encode
+    from swanlab_ray.actors.wire.protocol import Hello, Spans, encode_batch
+    from swanlab_ray.actors.writer.actor import Writer
+    from swanlab_ray.observer.encoding.numbers import encode
 
     class Nowhere(Sink):
         def _write_some(self, first: Row) -> None:

@@ -23,7 +23,7 @@ def main() -> None:
     from transformers import Trainer, TrainingArguments
 
     from swanlab_ray.observer import ObserverCallback, ObserverSettings, connect
-    from swanlab_ray.observer.demo_training import PythonSource, small_llama
+    from swanlab_ray.observer.demo.training import PythonSource, small_llama
 
     directory = tempfile.mkdtemp()
     settings = ObserverSettings(project="bench", mode="offline", log_dir=directory)

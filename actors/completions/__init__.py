@@ -1,0 +1,1 @@
+"""Rows of completions, until they are tables."""

@@ -1,0 +1,1 @@
+"""Rows on their way into SwanLab: on disk, or in its cloud."""

@@ -1,0 +1,300 @@
+"""Carries what is committed through the reduction into SwanLab, on a thread of its own.
+
+It may fall behind: SwanLab is slow, its cloud is away, or this writer has just taken over a run. Beyond a bound nothing
+waits in memory then; it reads on in the journal from where it stands.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from swanlab_ray.actors.completions.buffers import CompletionBuffer
+from swanlab_ray.actors.completions.tables import Table
+from swanlab_ray.actors.delivery.disk import SwanLabRun
+from swanlab_ray.actors.delivery.queue import Sink, brief, stderr
+from swanlab_ray.actors.journal.reading import Damaged, Follower, RunFiles, find_runs, merged
+from swanlab_ray.actors.journal.records import Batch, Entry, Finished, UnknownFormat
+from swanlab_ray.actors.journal.writing import Position, journal_files
+from swanlab_ray.actors.notify.rules import Fired, Rules
+from swanlab_ray.actors.reduction.reduction import Reduction
+from swanlab_ray.actors.reduction.supersession import supersession
+from swanlab_ray.actors.reduction.timings import Timings
+from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.wire.protocol import Event
+
+BACKLOG_EVENTS = 200_000
+"""Decoded events that may wait in memory."""
+FIRED = 1000
+"""Alerts that may wait to be told; the oldest go first."""
+REWRITE_SCALARS = {"offline": 1_000_000, "local": 20_000}
+"""A larger run on disk is not written a second time at its end: SwanLab would not be done in time."""
+
+
+class _Item(NamedTuple):
+    entry: Entry
+    events: list[Event] | None
+    position: Position
+    queued: float
+
+    @property
+    def weight(self) -> int:
+        """In events: those of completions are larger than others."""
+        return max(len(self.events or ()), len(self.entry.data) // 100 if isinstance(self.entry, Batch) else 0)
+
+
+class Reducer:
+    """Follows a run's journal into a sink.
+
+    Args:
+        follower: reads the journal from where this begins.
+        committed: how far the journal goes now; all of that is read first.
+        make_sink: opens SwanLab's run; called again where that has to be written anew.
+        settings: of the run.
+        notice: takes a sentence for the user.
+        finished: the end of the run, where the journal has it already and SwanLab has not.
+        since_ns: when the run's job before this one had ended; what lies before raises no alert any more.
+    """
+
+    def __init__(
+        self,
+        follower: Follower,
+        committed: Position,
+        make_sink: Callable[[], Sink],
+        settings: ObserverSettings,
+        notice: Callable[[str], None],
+        finished: Finished | None = None,
+        since_ns: int = 0,
+    ) -> None:
+        self._follower = follower
+        self._committed = committed
+        self._behind = follower.position < committed
+        self._behind_since = time.monotonic()
+        self._make_sink = make_sink
+        self._settings = settings
+        self._notice = notice
+        self.sink = make_sink()
+        self._rules = Rules(settings.alerts, since_ns)
+        self._reduction = Reduction(
+            self, settings, notice=notice, emit_again=self._write_replacing, on_nonfinite=self._look_at_nonfinite
+        )
+        self._fired: deque[Fired] = deque(maxlen=FIRED)
+        self._passed_on = 0  # scalars
+        self._queue: deque[_Item] = deque()
+        self._events = 0
+        self._changed = threading.Condition()
+        self._ended = False
+        self._excused = False
+        self._finished = finished
+        """The end that the writer is waiting for; others that the journal tells of are those of earlier sessions."""
+        if finished is not None:
+            self.sink.hurry()
+        self._thread = threading.Thread(target=self._work, name="reducer", daemon=True)
+        self._thread.start()
+
+    @property
+    def late(self) -> int:
+        """Values that came after their step was written."""
+        return self._reduction.late
+
+    @property
+    def repeated(self) -> int:
+        """Values of a rank for a name at a step that it had logged before."""
+        return self._reduction.repeated
+
+    @property
+    def refused(self) -> int:
+        """Events that could not be worked off."""
+        return self._reduction.refused
+
+    @property
+    def completions(self) -> CompletionBuffer:
+        """The rows of completions."""
+        return self._reduction.completions
+
+    @property
+    def timings(self) -> Timings:
+        """Where the time goes."""
+        return self._reduction.timings
+
+    @property
+    def waiting(self) -> bool:
+        """Whether values wait for ranks that are silent about them."""
+        return self._reduction.waiting
+
+    def lag(self) -> float:
+        """Seconds by which SwanLab is behind what was acknowledged."""
+        with self._changed:
+            since = self._behind_since if self._behind else self._queue[0].queued if self._queue else None
+        return max(self.sink.lag(), time.monotonic() - since if since is not None else 0.0)
+
+    def put(self, entry: Entry, events: list[Event] | None, position: Position) -> None:
+        """Take the next entry of the journal, committed up to ``position``. Never blocks."""
+        with self._changed:
+            self._committed = position
+            if not self._behind and self._events > BACKLOG_EVENTS:
+                self._behind, self._behind_since = True, time.monotonic()
+            if not self._behind:
+                item = _Item(entry, events, position, time.monotonic())
+                self._queue.append(item)
+                self._events += item.weight
+            self._changed.notify()
+
+    def finish(self, finished: Finished) -> None:
+        """The run ends with this entry, which will be in the journal."""
+        self._finished = finished
+        self.sink.hurry()
+
+    @property
+    def closed(self) -> bool:
+        """Whether SwanLab's run is closed, or given up."""
+        return self._ended and self.sink.closed.is_set()
+
+    def abandon(self, close: bool) -> None:
+        """Take nothing more. ``close``: SwanLab's run ends here; otherwise another writer goes on with it."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        self.sink.complete = False
+        if close and self._finished is not None:
+            self.sink.finish(self._finished.state, self._finished.error)
+        else:
+            self.sink.stop()
+
+    def _work(self) -> None:
+        while not self._ended:
+            with self._changed:
+                while not (self._queue or self._behind or self._ended):
+                    self._changed.wait()
+                item = self._queue.popleft() if self._queue else None
+                if item is not None:
+                    self._events -= item.weight
+            try:
+                if item is not None:
+                    self._take(item.entry, item.events)
+                    self._follower.position = item.position
+                elif self._behind:
+                    self._catch_up()
+            except Exception:
+                self._excuse()
+
+    def _catch_up(self) -> None:
+        with self._changed:
+            until = self._committed
+        patient, self.sink.waits = self.sink.waits, True  # history is not thinned
+        try:
+            for found in self._follower.read(until):
+                if isinstance(found, Damaged):
+                    if found.damage.torn:
+                        continue
+                    self.sink.complete = False
+                    self._notice(
+                        f"The journal is damaged ({found.path.name}: {found.damage.reason}): swanlab-ray verify."
+                    )
+                    continue
+                try:
+                    self._take(found, None)
+                except Exception:
+                    self._excuse()
+                if self._ended:
+                    return
+        except Exception as error:  # of reading; tried again it would be the same
+            if not isinstance(error, (OSError, UnknownFormat)):
+                stderr(traceback.format_exc())
+            self.sink.complete = False
+            self._notice(f"The journal cannot be read ({brief(error)}); SwanLab misses a part of this run.")
+            self._follower.position = until
+            if self._finished is not None:  # which may be in that part
+                self._reduction.flush()
+                self._end(self._finished)
+                return
+        finally:
+            self.sink.waits = patient
+        with self._changed:
+            if self._committed == until and not self._queue:
+                self._behind = False
+
+    def _take(self, entry: Entry, events: list[Event] | None) -> None:
+        self._reduction.take(entry, events)
+        finished = self._finished
+        if isinstance(entry, Finished) and finished is not None and entry.time_ns == finished.time_ns:
+            self._end(finished)
+
+    def _end(self, finished: Finished) -> None:
+        """Close SwanLab's run, whatever happens."""
+        try:
+            if self._reduction.rewound and isinstance(self.sink, SwanLabRun):
+                self._write_again(self.sink)
+        except Exception as error:
+            stderr(traceback.format_exc())
+            self.sink.complete = False
+            self._notice(
+                f"Steps were run again, and SwanLab's run could not be written anew ({brief(error)}). "
+                f"{self._in_the_journal}"
+            )
+        finally:
+            self._ended = True
+            self.sink.complete = self.sink.complete and not self._reduction.unread
+            self.sink.finish(finished.state, finished.error)
+
+    def _write_again(self, sink: SwanLabRun) -> None:
+        """Steps were run again by a training that was resumed, and a SwanLab run on disk keeps the first value."""
+        if self._passed_on > REWRITE_SCALARS[sink.mode]:
+            sink.complete = False
+            self._notice(f"Steps were run again; this SwanLab run shows their first values. {self._in_the_journal}")
+            return
+        run = self._files()
+        superseded = supersession(run)
+        sink.restart()
+        self.sink = again = self._make_sink()
+        again.waits = True
+        again.hurry(sink.left())
+        reduction = Reduction(again, self._settings, superseded)
+        for found in merged(run):
+            if not isinstance(found, Damaged):
+                reduction.take(found)
+        reduction.flush()
+
+    def _files(self) -> RunFiles:
+        """The files of this run; there may be stray ones of others beside them."""
+        directory = self._follower.directory
+        own = journal_files(directory)[self._follower.position.epoch].resolve()
+        return next(run for run in find_runs([directory]) if own in run.journals)
+
+    @property
+    def _in_the_journal(self) -> str:
+        return f"The later ones are in the journal: swanlab-ray sync {self._follower.directory}"
+
+    def write(self, step: int, time_ns: int, values: dict[str, float], table: Table | None = None) -> None:
+        """Pass on a row of the reduction."""
+        self._passed_on += len(values)
+        self.sink.write(step, time_ns, values, table)
+        self._fired += self._rules.look(step, time_ns, values)
+
+    def _write_replacing(self, step: int, time_ns: int, values: dict[str, float]) -> None:
+        """Pass on a row that replaces another: a SwanLab run on disk would keep the first one, and is written again."""
+        if not isinstance(self.sink, SwanLabRun):
+            self.sink.write(step, time_ns, values)
+        self._fired += self._rules.look(step, time_ns, values)
+
+    def _look_at_nonfinite(self, rank: int, name: str, step: int, time_ns: int, value: float) -> None:
+        self._fired += self._rules.nonfinite(rank, name, step, time_ns, value)
+
+    def fired(self) -> list[Fired]:
+        """Rules that have come true since this was asked last."""
+        return [self._fired.popleft() for _ in range(len(self._fired))]
+
+    def config(self, values: dict[str, Any]) -> None:
+        """Pass on an update of the configuration."""
+        self.sink.config(values)
+
+    def _excuse(self) -> None:
+        """Say that something could not be worked off; one bad value must not end the run."""
+        stderr(traceback.format_exc())
+        if not self._excused:
+            self._excused = True
+            self._notice("Some values could not be written; see the writer's log.")

@@ -1,0 +1,1 @@
+"""Whether the job gets ahead, and whom it waits for."""

@@ -1,0 +1,1 @@
+"""The journal: what was sent, on disk before it is acknowledged, and read back."""

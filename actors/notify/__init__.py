@@ -1,0 +1,1 @@
+"""What a team's chat is told, and when."""

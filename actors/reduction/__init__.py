@@ -1,0 +1,1 @@
+"""From a run's entries to rows: over ranks, step by step."""

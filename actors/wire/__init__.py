@@ -1,0 +1,1 @@
+"""What both sides speak: messages, names, texts, and what must not be said."""

@@ -1,0 +1,1 @@
+"""The actor, who its ranks are, and how its run ends."""

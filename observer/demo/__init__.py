@@ -1,0 +1,1 @@
+"""``swanlab-ray demo``."""

@@ -1,0 +1,1 @@
+"""From values to bytes, on the thread that logs."""

@@ -1,0 +1,1 @@
+"""Which process of which job this is, on which machine, and what it is doing."""

@@ -1,0 +1,1 @@
+"""Where Ray comes from, and what keeps it from harming its process."""

@@ -1,0 +1,1 @@
+"""Beside somebody's script: what it is told, what guards it, how it ends."""

@@ -1,0 +1,1 @@
+"""Spans: what a rank does when."""

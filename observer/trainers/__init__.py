@@ -1,0 +1,1 @@
+"""What trainers of Transformers and TRL have in their hands."""

@@ -1,0 +1,1 @@
+"""From the training thread to the writer."""
