@@ -1,8 +1,8 @@
 """Where the time of a trainer goes: a decorator and two context managers, under the names that Axolotl users know.
 
-A measured call is a span (see :mod:`swanlab_ray.observer.timing.spans`) named ``Time taken: ClassName.method``;
-SwanLab gets ``profiling/Time taken: ClassName.method`` in seconds, at the trainer's step: of one rank as it is, of
-several as the mean over ranks, with the view over ranks beside it. Calls that raise are measured as well. While no observer is
+A measured call is a span (see :mod:`swanlab_ray.observer.timing.spans`) named ``Time taken: ClassName.method``; SwanLab
+gets ``profiling/Time taken: ClassName.method`` in seconds, at the trainer's step: of one rank as it is, of several as
+the mean over ranks, with the view over ranks beside it. Calls that raise are measured as well. While no observer is
 connected nothing is measured.
 """
 

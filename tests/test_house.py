@@ -1,0 +1,108 @@
+"""The house: what may import what, and how large a file and a room may be. All of it is read, nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("actors", "observer", "plugin")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+BELOW = {"actors": set(), "observer": {"actors"}, "plugin": {"actors", "observer"}}
+"""The packages that a file of each may import besides its own."""
+LONG = {"actors/writer/actor.py", "actors/wire/protocol.py", "observer/transport/channel.py", "observer/session.py"}
+"""Longer than :data:`LINES`, and to be divided."""
+LINES = 455
+ROOM = 10
+FIELD = {"ray", "torch", "swanlab", "transformers", "trl", "accelerate"}
+"""Large libraries: a file that is read on the way to ``connect`` imports them where they are used."""
+
+
+def name_of(file: Path) -> str:
+    return ".".join(("swanlab_ray", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+NAMES = {name_of(file): file for file in FILES}
+
+
+def imports(file: Path, top: bool = False) -> Iterator[tuple[str, str | None]]:
+    """``(module, name taken from it)``; only those that are made when the file itself is imported, with ``top``."""
+    tree = ast.parse(file.read_text())
+    for node in tree.body if top else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield (whole, None) if whole in NAMES else (str(node.module), alias.name)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_go_one_way(package: str) -> None:
+    """``plugin -> observer -> actors``."""
+    allowed = {package, *BELOW[package]}
+    for file in (ROOT / package).rglob("*.py"):
+        for module, _ in imports(file):
+            if module.startswith("swanlab_ray."):
+                assert module.split(".")[1] in allowed, f"{file.relative_to(ROOT)} imports {module}"
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    graph = {
+        name: {module for module, _ in imports(file, top=True) if module in NAMES and module != name}
+        for name, file in NAMES.items()
+    }
+    TopologicalSorter(graph).prepare()
+
+
+def test_nobody_takes_private_names() -> None:
+    for file in FILES:
+        for module, name in imports(file):
+            if module in NAMES and name is not None:
+                assert not name.startswith("_"), f"{file.relative_to(ROOT)} takes {name} from {module}"
+
+
+def test_what_both_sides_speak_needs_no_library_of_the_field() -> None:
+    for file in [*(ROOT / "actors" / "wire").glob("*.py"), ROOT / "actors" / "settings.py"]:
+        assert FIELD.isdisjoint(module.split(".")[0] for module, _ in imports(file)), file
+
+
+def test_large_libraries_are_imported_where_they_are_used() -> None:
+    """Except by the files that are of no use without them."""
+    found = {
+        str(file.relative_to(ROOT)): module
+        for file in FILES
+        for module in FIELD & {name.split(".")[0] for name, _ in imports(file, top=True)}
+        if not file.is_relative_to(ROOT / "plugin")
+    }
+    assert found.keys() == {
+        "actors/writer/actor.py",
+        "actors/writer/handle.py",
+        "observer/callback.py",
+        "observer/demo/training.py",
+        "observer/tracker.py",
+        "observer/trainers/own_loss.py",
+    }
+
+
+def test_rooms_are_small() -> None:
+    rooms = Counter(file.parent for file in FILES if file.name != "__init__.py")
+    assert {str(room): files for room, files in rooms.items() if files > ROOM} == {}
+
+
+def test_files_are_small() -> None:
+    lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in FILES}
+    assert {name for name, lines in lengths.items() if lines > LINES} == LONG
+    assert sorted(lengths.values())[len(lengths) // 2] <= 150
+
+
+def test_a_room_says_what_it_is_for() -> None:
+    for package in PACKAGES:
+        for folder in {file.parent for file in (ROOT / package).rglob("*.py")}:
+            assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), folder
