@@ -14,7 +14,7 @@ OVERLAYS := build/trl/0.19.1 build/trl/1.16.0 build/trl/transformers-4
 OVERLAY = rm -rf $@.part && $(PIP) --no-deps --target $@.part
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --maxschedchunk 1
 
-.PHONY: install demo test lint typecheck bench clean
+.PHONY: install demo check test lint typecheck docs wheel bench clean
 
 install: $(INSTALLED)
 
@@ -45,6 +45,15 @@ build/trl/%: | install
 	$(OVERLAY) trl==$*
 	mv $@.part $@
 
+# The command reference, from each command's own help.
+docs: install
+	$(BIN)/python -m tests.command_reference > docs/commands.md
+
+# One file that pip installs anywhere, in dist/.
+wheel: install
+	$(PIP) build
+	$(BIN)/python -m build --wheel --outdir dist .
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,4 +76,4 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.bench_restart
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

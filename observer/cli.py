@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from swanlab_ray.actors.journal.records import REDUCTION_VERSION, VERSION
 from swanlab_ray.actors.settings import LOG_DIR_VARIABLES, MODES, ObserverSettings, SettingsError, check_writable
 from swanlab_ray.actors.wire.naming import absolute
 from swanlab_ray.observer.looking.render import json_text, say, shown, terminal
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 
 @click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="swanlab-ray")
+@click.version_option(
+    package_name="swanlab-ray",
+    message=f"%(prog)s %(version)s (journal's protocol {VERSION}, reduction {REDUCTION_VERSION})",
+)
 def main() -> None:
     """One Ray actor observes every rank of a distributed training and writes one SwanLab run."""
 

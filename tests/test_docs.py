@@ -9,9 +9,16 @@ import pytest
 from pydantic import AliasChoices
 
 from swanlab_ray.actors.settings import ObserverSettings
+from tests.command_reference import reference
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "cluster_configs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "cluster_configs" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def test_every_setting_is_documented_with_its_variables_and_default() -> None:
@@ -44,6 +51,10 @@ def test_python_blocks_are_python(page: Path) -> None:
         compile(block, str(page), "exec")
 
 
+def test_the_command_reference_is_what_the_commands_say() -> None:
+    assert (ROOT / "docs" / "commands.md").read_text() == reference(), "write it again: make docs"
+
+
 def test_commands_exist() -> None:
     """Every ``swanlab-ray`` command, ``make`` target and module that the documents name."""
     from swanlab_ray.observer.cli import main
@@ -53,7 +64,7 @@ def test_commands_exist() -> None:
         code = re.findall(r"`([^`\n]+)`", page.read_text()) + re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
         for text in code:
             for command in re.findall(r"^swanlab-ray (\w+)", text, re.M):
-                assert command in main.commands or command == "sync", command
+                assert command in main.commands, command
             for target in re.findall(r"^make (\w+)", text, re.M):
                 assert re.search(rf"^{target}:", makefile, re.M), target
             for module in re.findall(r"python -m (tests\.[\w.]+)", text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -100,6 +101,11 @@ def test_files_are_small() -> None:
     lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in FILES}
     assert {name for name, lines in lengths.items() if lines > LINES} == LONG
     assert sorted(lengths.values())[len(lengths) // 2] <= 150
+
+
+def test_every_room_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert set(listed) == {"swanlab_ray", *(name_of(file) for file in FILES if file.name == "__init__.py")}
 
 
 def test_a_room_says_what_it_is_for() -> None:
