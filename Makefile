@@ -32,6 +32,10 @@ test: install lint typecheck $(OVERLAYS) build/axolotl
 	$(PYTEST) --ignore tests/test_plugin.py
 	PYTHONPATH="$(CURDIR)/build/axolotl:$(CURDIR)" $(PYTEST) tests/test_plugin.py
 
+# No Ray, no torchrun, no trainer: under a minute, once .venv is there.
+check: install lint typecheck
+	$(PYTEST) --numprocesses 4 --quick --ignore tests/test_plugin.py
+
 build/axolotl: tests/axolotl.txt | install
 	$(OVERLAY) --requirement tests/axolotl.txt
 	rm -rf $@

@@ -81,14 +81,27 @@ while not nobody_holds(str(directory / "used")):
 """
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+SLOW = {
+    *("test_callback", "test_cloud", "test_completions", "test_demo", "test_exactly_once", "test_guards", "test_kill9"),
+    *("test_phases", "test_power_loss", "test_private", "test_rlhf", "test_secrets", "test_sharing", "test_tracker"),
+    *("test_wheel", "test_workers"),
+}
+"""Files that ``--quick`` leaves out: they train, kill, or try thousands of cases."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="Only what needs neither Ray nor torchrun nor a trainer.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that start processes come last: an idle Ray cluster takes half a core of a slow machine."""
 
-    def place(item: pytest.Item) -> tuple[bool, bool]:
-        fixtures = getattr(item, "fixturenames", [])
-        return not {"ray_cluster", "launch"}.isdisjoint(fixtures), "dashboard" not in fixtures
+    def starts_processes(item: pytest.Item) -> bool:
+        return not {"ray_cluster", "launch"}.isdisjoint(getattr(item, "fixturenames", []))
 
-    items.sort(key=place)
+    items.sort(key=lambda item: (starts_processes(item), "dashboard" not in getattr(item, "fixturenames", [])))
+    if config.getoption("quick"):
+        items[:] = [item for item in items if not starts_processes(item) and item.path.stem not in SLOW]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

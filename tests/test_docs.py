@@ -13,10 +13,7 @@ from tests.command_reference import reference
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "CHANGELOG.md",
-    ROOT / "cluster_configs" / "README.md",
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "cluster_configs/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 
