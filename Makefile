@@ -34,7 +34,7 @@ test: install lint typecheck $(OVERLAYS) build/axolotl
 
 # No Ray, no torchrun, no trainer: under a minute, once .venv is there.
 check: install lint typecheck
-	$(PYTEST) --numprocesses 4 --quick --ignore tests/test_plugin.py
+	$(PYTEST) --numprocesses 4 --quick
 
 build/axolotl: tests/axolotl.txt | install
 	$(OVERLAY) --requirement tests/axolotl.txt

@@ -82,15 +82,20 @@ while not nobody_holds(str(directory / "used")):
 
 
 SLOW = {
-    *("test_callback", "test_cloud", "test_completions", "test_demo", "test_exactly_once", "test_guards", "test_kill9"),
-    *("test_phases", "test_power_loss", "test_private", "test_rlhf", "test_secrets", "test_sharing", "test_tracker"),
+    *("test_callback", "test_cli", "test_cloud", "test_completions", "test_demo", "test_examples", "test_exactly_once"),
+    *("test_exported_members", "test_guards", "test_hangs", "test_kill9", "test_phases", "test_plugin"),
+    *("test_power_loss", "test_private", "test_rlhf", "test_secrets", "test_sharing", "test_torchrun", "test_tracker"),
     *("test_wheel", "test_workers"),
 }
-"""Files that ``--quick`` leaves out: they train, kill, or try thousands of cases."""
+"""Files that ``--quick`` does not even import: they train, start processes, or try thousands of cases."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="Only what needs neither Ray nor torchrun nor a trainer.")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if config.getoption("quick") and collection_path.stem in SLOW else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -101,7 +106,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     items.sort(key=lambda item: (starts_processes(item), "dashboard" not in getattr(item, "fixturenames", [])))
     if config.getoption("quick"):
-        items[:] = [item for item in items if not starts_processes(item) and item.path.stem not in SLOW]
+        items[:] = [item for item in items if not starts_processes(item)]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
