@@ -30,6 +30,8 @@ def main() -> None:
     for number in range(ROUNDS):
         naive_rates.append(rate(naive, NAIVE_CALLS, number))
         our_rates.append(rate(ours, OUR_CALLS, number))
+        # It would go on writing SwanLab for minutes, beside what is measured next.
+        ray.kill(ray.get_actor(f"swanlab-writer:bench{number}", namespace="swanlab-ray"))
         print(f"round {number}: naive {naive_rates[-1]:9,.0f} calls/s, ours {our_rates[-1]:9,.0f} calls/s", flush=True)
     ratio = statistics.median(our_rates) / statistics.median(naive_rates)
     print(f"{PROCESSES} processes, {len(DATA)} scalars a call: {ratio:.0f} times the naive design")

@@ -231,10 +231,11 @@ def many_ranks() -> None:
     names = [f"phase {number}" for number in range(SPANS_PER_STEP)]
     count = SPANS_PER_STEP * STEPS_PER_SECOND
     batches = []
+    logged_ns = time.time_ns() - SECONDS * 10**9
     for second in range(SECONDS):
         event = Spans(
-            time_ns=second * 10**9,
-            begin_ns=second * 10**9,
+            time_ns=logged_ns + second * 10**9,
+            begin_ns=logged_ns + second * 10**9,
             dropped=0,
             names=names,
             threads=["training"],
