@@ -56,6 +56,7 @@ docs: install
 # One file that pip installs anywhere, in dist/.
 wheel: install
 	$(PIP) build
+	rm -rf build/lib
 	$(BIN)/python -m build --wheel --outdir dist .
 
 lint: install

@@ -16,7 +16,7 @@ from time import perf_counter_ns, time_ns
 from types import FrameType
 from typing import Any
 
-from swanlab_ray.actors.wire.protocol import COMPLETIONS, TOKENIZER
+from swanlab_ray.actors.wire.events import COMPLETIONS, TOKENIZER
 from swanlab_ray.observer.encoding.cells import Columns
 from swanlab_ray.observer.encoding.numbers import Deferred, encode
 from swanlab_ray.observer.script.ending import headline

@@ -19,23 +19,11 @@ from typing import Any, SupportsIndex, get_args
 
 from swanlab_ray.actors.journal.reading import TERMINATED
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError, check_writable
+from swanlab_ray.actors.wire.events import COMPLETIONS, CONFIG, JOB, OUTCOME, PROGRESS, RANK, SCALARS, USER, State
 from swanlab_ray.actors.wire.locks import pid_namespace
-from swanlab_ray.actors.wire.protocol import (
-    COMPLETIONS,
-    CONFIG,
-    JOB,
-    OUTCOME,
-    PROGRESS,
-    RANK,
-    SCALARS,
-    USER,
-    Goodbye,
-    Hello,
-    State,
-    WriterStatus,
-)
+from swanlab_ray.actors.wire.messages import Goodbye, Hello
 from swanlab_ray.actors.wire.secret_shapes import hide, masked
-from swanlab_ray.actors.wire.status import ending
+from swanlab_ray.actors.wire.status import WriterStatus, ending
 from swanlab_ray.actors.wire.version import package_version
 from swanlab_ray.observer.encoding.cells import columns_of
 from swanlab_ray.observer.encoding.numbers import Deferred, HostCopy, encode, salvage

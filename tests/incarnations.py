@@ -18,7 +18,10 @@ from swanlab_ray.actors.journal.records import Batch
 from swanlab_ray.actors.journal.writing import Disk
 from swanlab_ray.actors.notify.messages import Notifications
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.protocol import Ack, Beat, Farewell, Goodbye, Hello, Scalars, WriterStatus, decode_batch
+from swanlab_ray.actors.wire.codec import decode_batch
+from swanlab_ray.actors.wire.events import Scalars
+from swanlab_ray.actors.wire.messages import Ack, Beat, Farewell, Goodbye, Hello
+from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.actors.writer import actor as writer_module
 from swanlab_ray.actors.writer.actor import Writer
 from swanlab_ray.observer.job.identity import Identity

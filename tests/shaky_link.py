@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from swanlab_ray.actors.wire.protocol import Ack, Beat, Farewell, Goodbye, Hello, Scalars, WriterStatus, decode_batch
+from swanlab_ray.actors.wire.codec import decode_batch
+from swanlab_ray.actors.wire.events import Scalars
+from swanlab_ray.actors.wire.messages import Ack, Beat, Farewell, Goodbye, Hello
+from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.observer.transport.link import LinkBroken
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from swanlab_ray.actors.reduction import aggregate
 from swanlab_ray.actors.reduction import over_ranks as over_ranks_module
 from swanlab_ray.actors.reduction.aggregate import DEADLINE_S, Aggregator
-from swanlab_ray.actors.wire.protocol import JOB, RANK, USER, Scalars
+from swanlab_ray.actors.wire.events import JOB, RANK, USER, Scalars
 
 
 class Written:

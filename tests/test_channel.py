@@ -16,15 +16,9 @@ import pytest
 from swanlab_ray.actors.journal.reading import find_runs, merged
 from swanlab_ray.actors.journal.records import Batch
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.protocol import (
-    SCALARS,
-    USER,
-    Ack,
-    Completions,
-    Hello,
-    Scalars,
-    decode_batch,
-)
+from swanlab_ray.actors.wire.codec import decode_batch
+from swanlab_ray.actors.wire.events import SCALARS, USER, Completions, Scalars
+from swanlab_ray.actors.wire.messages import Ack, Hello
 from swanlab_ray.observer import session as session_module
 from swanlab_ray.observer.encoding import cells as cells_module
 from swanlab_ray.observer.encoding.numbers import encode

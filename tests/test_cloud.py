@@ -22,7 +22,7 @@ from swanlab_ray.actors.delivery.experiment import CloudError
 from swanlab_ray.actors.journal.at_work import AtWork
 from swanlab_ray.actors.journal.reading import RunFiles
 from swanlab_ray.actors.settings import SettingsError
-from swanlab_ray.actors.wire.protocol import WriterStatus
+from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.actors.writer import actor as writer_module
 from swanlab_ray.observer import sync
 from swanlab_ray.observer.cli import main

@@ -19,7 +19,7 @@ from swanlab_ray.actors.completions.buffers import JOIN_PATIENCE_S, PATIENCE_S, 
 from swanlab_ray.actors.completions.tables import MEDIA_ITEMS, Decoder, Table, as_charts, as_texts, readable, table
 from swanlab_ray.actors.delivery.queue import QUEUE_SCALARS, Sink
 from swanlab_ray.actors.journal.reading import find_runs
-from swanlab_ray.actors.wire.protocol import Completions, Tokenizer
+from swanlab_ray.actors.wire.events import Completions, Tokenizer
 from swanlab_ray.observer import connect
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.history import transcripts, upload

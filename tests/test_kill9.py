@@ -18,7 +18,7 @@ import ray
 import swanlab
 from click.testing import CliRunner, Result
 
-from swanlab_ray.actors.wire.protocol import ACTOR_PREFIX, NAMESPACE
+from swanlab_ray.actors.wire.messages import ACTOR_PREFIX, NAMESPACE
 from swanlab_ray.observer import connect
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.history import archive
@@ -139,7 +139,7 @@ NODE_LOST = """
                       RAY_health_check_failure_threshold="3", RAY_health_check_timeout_ms="1000")
     import ray
     from ray.cluster_utils import Cluster
-    from swanlab_ray.actors.wire.protocol import ACTOR_PREFIX, NAMESPACE
+    from swanlab_ray.actors.wire.messages import (ACTOR_PREFIX, NAMESPACE)
     from swanlab_ray.actors.settings import ObserverSettings
     from swanlab_ray.actors.writer.actor import Writer
     from swanlab_ray.observer import connect

@@ -27,7 +27,7 @@ from swanlab_ray.actors.delivery.limits import HIGHEST_STEP, fit_config, fitting
 from swanlab_ray.actors.delivery.queue import FINISH_DEADLINE_S, Row, Sink
 from swanlab_ray.actors.delivery.thinning import SERIES, SERIES_PER_SECOND, Beginnings, Thinning
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.protocol import State
+from swanlab_ray.actors.wire.events import State
 from swanlab_ray.actors.writer import actor as writer
 from swanlab_ray.observer.session import FINISH_TIMEOUT_S
 from tests.conftest import wait_until

@@ -29,18 +29,10 @@ from swanlab_ray.actors.journal.records import (
     Header,
     Opened,
 )
+from swanlab_ray.actors.wire.codec import encode_batch
+from swanlab_ray.actors.wire.events import SCALARS, USER, Completions, Spans, Stacks
 from swanlab_ray.actors.wire.naming import is_run_id
-from swanlab_ray.actors.wire.protocol import (
-    SCALARS,
-    USER,
-    Completions,
-    Hang,
-    RankStatus,
-    Spans,
-    Stacks,
-    WriterStatus,
-    encode_batch,
-)
+from swanlab_ray.actors.wire.status import Hang, RankStatus, WriterStatus
 from swanlab_ray.actors.wire.text import one_line
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.encoding.numbers import encode

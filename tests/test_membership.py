@@ -15,20 +15,9 @@ from pydantic import SecretStr
 
 from swanlab_ray.actors.journal.reading import Damaged, entries
 from swanlab_ray.actors.journal.records import Arrived, Entry, Returned
-from swanlab_ray.actors.wire.protocol import (
-    SCALARS,
-    USER,
-    Ack,
-    Beat,
-    Counted,
-    Declined,
-    Farewell,
-    Goodbye,
-    Hello,
-    Outcome,
-    State,
-    encode_batch,
-)
+from swanlab_ray.actors.wire.codec import encode_batch
+from swanlab_ray.actors.wire.events import SCALARS, USER, Outcome, State
+from swanlab_ray.actors.wire.messages import Ack, Beat, Counted, Declined, Farewell, Goodbye, Hello
 from swanlab_ray.actors.wire.version import package_version
 from swanlab_ray.actors.writer import actor as writer_module
 from swanlab_ray.actors.writer import newcomers as newcomers_module

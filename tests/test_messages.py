@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.protocol import Scalars
+from swanlab_ray.actors.wire.events import Scalars
 from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.script import notices
 from swanlab_ray.observer.session import Observer

@@ -16,7 +16,7 @@ from swanlab_ray.actors.notify.cards import Message, card
 from swanlab_ray.actors.notify.lark import LarkBot
 from swanlab_ray.actors.notify.messages import GONE_GRACE_S, START_PATIENCE_S, STRAGGLER_S, Notifications
 from swanlab_ray.actors.notify.rules import Fired
-from swanlab_ray.actors.wire.protocol import RankStatus, WriterStatus
+from swanlab_ray.actors.wire.status import RankStatus, WriterStatus
 from swanlab_ray.actors.writer import actor as writer_module
 from swanlab_ray.observer.transport import channel as channel_module
 from tests.conftest import wait_until

@@ -19,7 +19,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.protocol import Completions, Scalars
+from swanlab_ray.actors.wire.events import Completions, Scalars
 from swanlab_ray.observer.history import archive
 from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.session import DisabledObserver, Observer

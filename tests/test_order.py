@@ -16,7 +16,9 @@ from swanlab_ray.actors.journal.reading import Summary, find_runs, merged, summa
 from swanlab_ray.actors.journal.records import Arrived, Batch, Ended, Entry, Finished, Header, pack
 from swanlab_ray.actors.journal.seen import InOrder, Numbers
 from swanlab_ray.actors.journal.writing import Appender, Disk, run_directory
-from swanlab_ray.actors.wire.protocol import SCALARS, USER, WINDOW, Hello, encode_batch
+from swanlab_ray.actors.wire.codec import encode_batch
+from swanlab_ray.actors.wire.events import SCALARS, USER
+from swanlab_ray.actors.wire.messages import WINDOW, Hello
 from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.history import archive
 from tests.incarnations import Cluster, MortalDisk, mortal, settings_for

@@ -10,7 +10,8 @@ from transformers import Trainer
 
 from swanlab_ray.actors.journal.records import Batch
 from swanlab_ray.actors.reduction.spans import Span, spans_of
-from swanlab_ray.actors.wire.protocol import Spans, decode_batch
+from swanlab_ray.actors.wire.codec import decode_batch
+from swanlab_ray.actors.wire.events import Spans
 from swanlab_ray.observer import Observer, ObserverCallback, ObserverSettings
 from swanlab_ray.observer import callback as callback_module
 from swanlab_ray.observer.profiling import DEFAULT_PROFILING_CONFIG, swanlab_profile

@@ -16,7 +16,8 @@ from swanlab_ray.actors.journal import writing as journal_module
 from swanlab_ray.actors.journal.batches import BatchReader
 from swanlab_ray.actors.journal.reading import find_runs, merged
 from swanlab_ray.actors.journal.records import Batch
-from swanlab_ray.actors.wire.protocol import WINDOW, Scalars
+from swanlab_ray.actors.wire.events import Scalars
+from swanlab_ray.actors.wire.messages import WINDOW
 from swanlab_ray.actors.writer import actor as writer_module
 from swanlab_ray.observer.history import archive
 from swanlab_ray.observer.session import Observer

@@ -13,17 +13,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swanlab_ray.actors.wire import protocol
-from swanlab_ray.actors.wire.protocol import (
-    COMPLETIONS,
-    SCALARS,
-    SPANS,
-    USER,
-    Scalars,
-    Undecodable,
-    decode_batch,
-    encode_batch,
-)
+from swanlab_ray.actors.wire import codec
+from swanlab_ray.actors.wire.codec import Undecodable, decode_batch, encode_batch
+from swanlab_ray.actors.wire.events import COMPLETIONS, SCALARS, SPANS, USER, Scalars
 from swanlab_ray.observer.encoding.numbers import encode, salvage
 
 
@@ -129,7 +121,7 @@ def test_fields_that_a_later_version_has_added_are_passed_over() -> None:
 
 def test_what_unpacks_to_more_than_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it does not say how much that is; and nothing of it is unpacked."""
-    monkeypatch.setattr(protocol, "BATCH_LIMIT", 1000)
+    monkeypatch.setattr(codec, "BATCH_LIMIT", 1000)
     huge = zstandard.ZstdCompressor().compress(bytes(1001))
     unstated = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(10))
     monkeypatch.setattr(zstandard, "ZstdDecompressor", lambda: pytest.fail("it is unpacked"))

@@ -21,7 +21,9 @@ from swanlab_ray.actors.journal.records import Arrived, Batch, Ended, Finished, 
 from swanlab_ray.actors.journal.seen import Numbers
 from swanlab_ray.actors.journal.writing import Disk, journal_files
 from swanlab_ray.actors.reduction.reduction import Reduction
-from swanlab_ray.actors.wire.protocol import SCALARS, USER, Counted, Goodbye, encode_batch
+from swanlab_ray.actors.wire.codec import encode_batch
+from swanlab_ray.actors.wire.events import SCALARS, USER
+from swanlab_ray.actors.wire.messages import Counted, Goodbye
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.encoding.numbers import Deferred, encode
 from swanlab_ray.observer.history import archive

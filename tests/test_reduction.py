@@ -17,18 +17,8 @@ from swanlab_ray.actors.reduction import written
 from swanlab_ray.actors.reduction.aggregate import DEADLINE_S, PATIENCE_S
 from swanlab_ray.actors.reduction.clock import LEAP_S, Clock
 from swanlab_ray.actors.reduction.reduction import Reduction
-from swanlab_ray.actors.wire.protocol import (
-    PROGRESS,
-    RANK,
-    SCALARS,
-    USER,
-    Config,
-    Event,
-    Progress,
-    Scalars,
-    Spans,
-    encode_batch,
-)
+from swanlab_ray.actors.wire.codec import encode_batch
+from swanlab_ray.actors.wire.events import PROGRESS, RANK, SCALARS, USER, Config, Event, Progress, Scalars, Spans
 from swanlab_ray.actors.wire.status import REPEATED
 from swanlab_ray.observer.encoding.numbers import encode
 from tests.incarnations import settings_for

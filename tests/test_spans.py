@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from swanlab_ray.actors.reduction.spans import RankSpans, Span, spans_of
-from swanlab_ray.actors.wire.protocol import Spans, decode_batch, encode_batch
+from swanlab_ray.actors.wire.codec import decode_batch, encode_batch
+from swanlab_ray.actors.wire.events import Spans
 from swanlab_ray.observer import connect, profiling
 from swanlab_ray.observer.encoding.numbers import Deferred
 from swanlab_ray.observer.profiling import (

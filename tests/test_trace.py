@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from swanlab_ray.actors.journal.records import Alert, Arrived, Batch, Ended, Entry
-from swanlab_ray.actors.wire.protocol import SCALARS, USER, Spans, encode_batch
+from swanlab_ray.actors.wire.codec import encode_batch
+from swanlab_ray.actors.wire.events import SCALARS, USER, Spans
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.encoding.numbers import encode
 from tests.journals import write_journal

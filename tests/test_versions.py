@@ -25,7 +25,8 @@ from swanlab_ray.actors.journal.records import (
     unpack,
 )
 from swanlab_ray.actors.journal.writing import Appender, Disk, run_directory
-from swanlab_ray.actors.wire.protocol import COMPLETIONS, SCALARS, SPANS, USER, encode_batch
+from swanlab_ray.actors.wire.codec import encode_batch
+from swanlab_ray.actors.wire.events import COMPLETIONS, SCALARS, SPANS, USER
 from swanlab_ray.actors.wire.version import package_version
 from swanlab_ray.observer import sync
 from swanlab_ray.observer.cli import main

@@ -13,19 +13,10 @@ import pytest
 
 from swanlab_ray.actors.journal.reading import KILLED
 from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.wire.codec import encode_batch
+from swanlab_ray.actors.wire.events import SCALARS, USER, Outcome, State
 from swanlab_ray.actors.wire.locks import pid_namespace
-from swanlab_ray.actors.wire.protocol import (
-    SCALARS,
-    USER,
-    Beat,
-    Counted,
-    Farewell,
-    Goodbye,
-    Hello,
-    Outcome,
-    State,
-    encode_batch,
-)
+from swanlab_ray.actors.wire.messages import Beat, Counted, Farewell, Goodbye, Hello
 from swanlab_ray.actors.writer import actor as writer_module
 from swanlab_ray.actors.writer import newcomers as newcomers_module
 from swanlab_ray.actors.writer.actor import RunEnded, Writer

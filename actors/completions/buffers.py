@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from swanlab_ray.actors.wire.protocol import Cell, Completions
+from swanlab_ray.actors.wire.events import Cell, Completions
 
 TABLE = "rlhf_completions"
 """Name of the table in SwanLab."""

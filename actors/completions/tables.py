@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from swanlab_ray.actors.completions.buffers import CompletionRow
-from swanlab_ray.actors.wire.protocol import Cell, Tokenizer
+from swanlab_ray.actors.wire.events import Cell, Tokenizer
 from swanlab_ray.actors.wire.text import harmless
 
 MEDIA_BYTES = 10 * 1024**2

@@ -18,7 +18,7 @@ from swanlab_ray.actors.delivery.limits import Limits
 from swanlab_ray.actors.delivery.queue import GaveUp, Row, Sink, stderr
 from swanlab_ray.actors.delivery.refusals import Delivery, Withheld
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.protocol import State
+from swanlab_ray.actors.wire.events import State
 
 RETRY_S = (1.0, 30.0)
 """First and longest pause between two attempts."""

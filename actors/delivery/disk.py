@@ -24,7 +24,7 @@ from swanlab_ray.actors.delivery.limits import fit_config
 from swanlab_ray.actors.delivery.queue import FINISH_DEADLINE_S, Row, Sink, Stopped, brief
 from swanlab_ray.actors.delivery.thinning import SERIES, Beginnings, Thinning
 from swanlab_ray.actors.settings import ObserverSettings, tidy_environment
-from swanlab_ray.actors.wire.protocol import State
+from swanlab_ray.actors.wire.events import State
 
 OPEN_RETRY_S = (1.0, 30.0)
 """First and longest pause between two attempts to open SwanLab's run."""

@@ -21,7 +21,7 @@ from swanlab_ray.actors.delivery.account import find_account
 from swanlab_ray.actors.delivery.limits import fit_config
 from swanlab_ray.actors.delivery.queue import Row, brief
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.protocol import State
+from swanlab_ray.actors.wire.events import State
 
 CHUNK_SCALARS = 10_000
 """Scalars in one request, as SwanLab's own client sends them."""

@@ -25,7 +25,7 @@ from swanlab_ray.actors.reduction.reduction import Reduction
 from swanlab_ray.actors.reduction.supersession import supersession
 from swanlab_ray.actors.reduction.timings import Timings
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.protocol import Event
+from swanlab_ray.actors.wire.events import Event
 
 BACKLOG_EVENTS = 200_000
 """Decoded events that may wait in memory."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from swanlab_ray.actors.completions.tables import Table
 from swanlab_ray.actors.delivery.limits import HIGHEST_STEP, Limits, fit_time
-from swanlab_ray.actors.wire.protocol import State
+from swanlab_ray.actors.wire.events import State
 from swanlab_ray.actors.wire.text import harmless
 
 QUEUE_SCALARS = 200_000

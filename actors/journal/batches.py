@@ -7,7 +7,8 @@ from functools import cache
 
 from swanlab_ray.actors.journal.records import Batch
 from swanlab_ray.actors.journal.seen import Sequence
-from swanlab_ray.actors.wire.protocol import Event, Undecodable, decode_batch
+from swanlab_ray.actors.wire.codec import Undecodable, decode_batch
+from swanlab_ray.actors.wire.events import Event
 
 _logger = logging.getLogger("swanlab_ray")
 

@@ -9,7 +9,7 @@ from swanlab_ray.actors.journal.reading import Summary, summarise
 from swanlab_ray.actors.journal.records import Batch
 from swanlab_ray.actors.journal.seen import LifeKey, Sequence
 from swanlab_ray.actors.journal.writing import Journal
-from swanlab_ray.actors.wire.protocol import Hello
+from swanlab_ray.actors.wire.messages import Hello
 
 AGAIN_S = 10.0
 """Pause after files could not be read."""

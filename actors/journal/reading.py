@@ -34,8 +34,9 @@ from swanlab_ray.actors.journal.records import (
 )
 from swanlab_ray.actors.journal.seen import InOrder, Sequence
 from swanlab_ray.actors.journal.writing import Position, journal_files
+from swanlab_ray.actors.wire.codec import Undecodable, decode_batch
+from swanlab_ray.actors.wire.events import Outcome, State
 from swanlab_ray.actors.wire.naming import is_run_id, run_id_of
-from swanlab_ray.actors.wire.protocol import Outcome, State, Undecodable, decode_batch
 
 TERMINATED = "SIGTERM"
 """How the error of a rank begins that was told to end."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
-from swanlab_ray.actors.wire.protocol import State
+from swanlab_ray.actors.wire.events import State
 
 VERSION = 1
 

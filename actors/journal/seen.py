@@ -6,7 +6,7 @@ from bisect import bisect
 from typing import Generic, TypeVar
 
 from swanlab_ray.actors.journal.records import Arrived, Batch, Ended, Entry, Finished
-from swanlab_ray.actors.wire.protocol import WINDOW
+from swanlab_ray.actors.wire.messages import WINDOW
 
 LifeKey = tuple[int, str]
 """Rank and life."""

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable
 from swanlab_ray.actors.notify.cards import Message, Words, same
 from swanlab_ray.actors.notify.outbox import Mailbox
 from swanlab_ray.actors.notify.rules import Fired
-from swanlab_ray.actors.wire.protocol import RankStatus, WriterStatus
-from swanlab_ray.actors.wire.status import HANGS, REPEATED, duration, standstill
+from swanlab_ray.actors.wire.status import HANGS, REPEATED, RankStatus, WriterStatus, duration, standstill
 
 START_PATIENCE_S = 60.0
 """How long the first message waits for all ranks, and for SwanLab to say where the run is."""

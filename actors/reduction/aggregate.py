@@ -14,7 +14,7 @@ from math import inf
 from swanlab_ray.actors.reduction.over_ranks import Name, Names, Shape, put
 from swanlab_ray.actors.reduction.waiting import Calls, Row, Waiting
 from swanlab_ray.actors.reduction.written import NOBODY, Group, Written
-from swanlab_ray.actors.wire.protocol import JOB, Scalars
+from swanlab_ray.actors.wire.events import JOB, Scalars
 
 Emit = Callable[[int, int, dict[str, float]], None]
 """``emit(step, time_ns, values)``: write these at that step, with that original time."""

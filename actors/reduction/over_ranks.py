@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import isfinite, nan
 
 from swanlab_ray.actors.reduction.written import EMPTY, Group
-from swanlab_ray.actors.wire.protocol import RANK, USER, Scalars
+from swanlab_ray.actors.wire.events import RANK, USER, Scalars
 
 OVER_RANKS = ("mean", "min", "max", "p95", "argmax")
 """What is computed over ranks: ``p95`` is that of the nearest rank, ``argmax`` the lowest rank that has the maximum.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from swanlab_ray.actors.wire.protocol import Scalars
+from swanlab_ray.actors.wire.events import Scalars
 
 
 @dataclass(slots=True)

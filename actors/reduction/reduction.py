@@ -22,17 +22,8 @@ from swanlab_ray.actors.reduction.spans import STEPS
 from swanlab_ray.actors.reduction.supersession import Supersession
 from swanlab_ray.actors.reduction.timings import Timings
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.protocol import (
-    Completions,
-    Config,
-    Event,
-    Progress,
-    Scalars,
-    Spans,
-    Tokenizer,
-    Undecodable,
-    decode_batch,
-)
+from swanlab_ray.actors.wire.codec import Undecodable, decode_batch
+from swanlab_ray.actors.wire.events import Completions, Config, Event, Progress, Scalars, Spans, Tokenizer
 from swanlab_ray.actors.wire.status import REPEATED
 
 TICK_S = 0.2

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from swanlab_ray.actors.wire.protocol import Spans
+from swanlab_ray.actors.wire.events import Spans
 
 PREFIX = "profiling/"
 """Of the series that SwanLab gets."""

@@ -12,7 +12,7 @@ from swanlab_ray.actors.journal.records import Arrived, Batch
 from swanlab_ray.actors.reduction.passes import Passes
 from swanlab_ray.actors.reduction.spans import PREFIX, spans_of
 from swanlab_ray.actors.reduction.written import NOBODY, Group, Written
-from swanlab_ray.actors.wire.protocol import RANK, Completions, Event, Progress, Scalars, Spans
+from swanlab_ray.actors.wire.events import RANK, Completions, Event, Progress, Scalars, Spans
 
 
 class Supersession:

@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 from swanlab_ray.actors.health.stragglers import NAMED, Straggler, Stragglers
 from swanlab_ray.actors.reduction.aggregate import Aggregator, Emit
 from swanlab_ray.actors.reduction.spans import PREFIX, RankSpans, StepTimes, outside
-from swanlab_ray.actors.wire.protocol import USER, Scalars, Spans
+from swanlab_ray.actors.wire.events import USER, Scalars, Spans
 
 NAMES = 200
 """Names of spans that get series; those of further ones are in the journal only."""

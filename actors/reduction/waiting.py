@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from swanlab_ray.actors.reduction.over_ranks import Name, Shape
 from swanlab_ray.actors.reduction.written import NOBODY
-from swanlab_ray.actors.wire.protocol import Scalars
+from swanlab_ray.actors.wire.events import Scalars
 
 
 @dataclass(slots=True)

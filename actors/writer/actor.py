@@ -48,22 +48,11 @@ from swanlab_ray.actors.journal.writing import Journal, Position, run_directory
 from swanlab_ray.actors.notify.messages import MOVES_AGAIN, ONLY_RANK_0, RESTARTED, Notifications
 from swanlab_ray.actors.notify.outbox import open_mailbox
 from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.wire.events import Event, Stacks, State
 from swanlab_ray.actors.wire.locks import hold_lock
-from swanlab_ray.actors.wire.protocol import (
-    BEAT_S,
-    Ack,
-    Beat,
-    Declined,
-    Event,
-    Farewell,
-    Goodbye,
-    Hello,
-    Stacks,
-    State,
-    WriterStatus,
-)
+from swanlab_ray.actors.wire.messages import BEAT_S, Ack, Beat, Declined, Farewell, Goodbye, Hello
 from swanlab_ray.actors.wire.secret_shapes import masked
-from swanlab_ray.actors.wire.status import duration, standstill, status_line
+from swanlab_ray.actors.wire.status import WriterStatus, duration, standstill, status_line
 from swanlab_ray.actors.wire.version import package_version
 from swanlab_ray.actors.writer.clocks import Timeline
 from swanlab_ray.actors.writer.differences import Differences

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.protocol import Hello
+from swanlab_ray.actors.wire.messages import Hello
 from swanlab_ray.actors.wire.version import package_version
 
 OF_A_RANK = ("run_id", "log_dir", "strict", "use_swanlab", "log_model", "cuda_spans", "node_interval", "dashboard")

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.protocol import ACTOR_PREFIX, NAMESPACE
+from swanlab_ray.actors.wire.messages import ACTOR_PREFIX, NAMESPACE
 from swanlab_ray.actors.writer.actor import Writer
 
 

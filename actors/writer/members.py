@@ -11,7 +11,9 @@ import msgspec
 
 from swanlab_ray.actors.journal.reading import KILLED, TERMINATED, Life, ledger
 from swanlab_ray.actors.journal.records import Arrived, Counts, Ended
-from swanlab_ray.actors.wire.protocol import Counted, Doing, Hello, RankStatus, State
+from swanlab_ray.actors.wire.events import State
+from swanlab_ray.actors.wire.messages import Counted, Doing, Hello
+from swanlab_ray.actors.wire.status import RankStatus
 from swanlab_ray.actors.writer.clocks import Skew
 from swanlab_ray.actors.writer.progress import RankView
 

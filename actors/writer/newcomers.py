@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.protocol import BEAT_S, Declined, Hello
+from swanlab_ray.actors.wire.messages import BEAT_S, Declined, Hello
 from swanlab_ray.actors.writer.members import Member
 
 QUIET_S = 5 * BEAT_S

@@ -12,7 +12,8 @@ from queue import SimpleQueue
 from swanlab_ray.actors.delivery.queue import stderr
 from swanlab_ray.actors.journal.records import Batch, Entry
 from swanlab_ray.actors.journal.writing import Position
-from swanlab_ray.actors.wire.protocol import JOB, RANK, Event, Outcome, Progress, Scalars, Stacks, decode_batch
+from swanlab_ray.actors.wire.codec import decode_batch
+from swanlab_ray.actors.wire.events import JOB, RANK, Event, Outcome, Progress, Scalars, Stacks
 
 LEARNING_RATES = {"learning_rate", "train/learning_rate", "lr"}
 

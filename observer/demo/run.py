@@ -22,8 +22,7 @@ from rich.live import Live
 from swanlab_ray.actors.journal.reading import find_runs
 from swanlab_ray.actors.settings import LOG_DIR_VARIABLES, ObserverSettings
 from swanlab_ray.actors.wire.naming import absolute
-from swanlab_ray.actors.wire.protocol import WriterStatus
-from swanlab_ray.actors.wire.status import status_line
+from swanlab_ray.actors.wire.status import WriterStatus, status_line
 from swanlab_ray.observer.history.breakdown import breakdown, phases_table
 from swanlab_ray.observer.job.identity import fresh_run_id
 from swanlab_ray.observer.looking.render import say

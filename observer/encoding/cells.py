@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from swanlab_ray.actors.wire.protocol import Cell
+from swanlab_ray.actors.wire.events import Cell
 from swanlab_ray.observer.encoding.numbers import HostCopy, NotANumber, undistributed
 from swanlab_ray.observer.script.never_raises import str_of
 
 Columns = dict[str, list[Any]]
-"""Of cells, see :data:`swanlab_ray.actors.wire.protocol.Cell`; while they are made, also of copies from a GPU."""
+"""Of cells, see :data:`swanlab_ray.actors.wire.events.Cell`; while they are made, also of copies from a GPU."""
 
 
 class NoCell(TypeError):

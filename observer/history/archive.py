@@ -25,7 +25,7 @@ from swanlab_ray.actors.journal.reading import (
 from swanlab_ray.actors.journal.records import Batch, Counts, UnknownFormat
 from swanlab_ray.actors.journal.writing import journal_files
 from swanlab_ray.actors.reduction.supersession import supersession
-from swanlab_ray.actors.wire.protocol import JOB, Completions, Scalars, Spans, Stacks
+from swanlab_ray.actors.wire.events import JOB, Completions, Scalars, Spans, Stacks
 from swanlab_ray.actors.wire.text import first_line
 from swanlab_ray.observer.looking.render import Column, Grid, cell
 

@@ -14,7 +14,7 @@ from swanlab_ray.actors.journal.batches import BatchReader
 from swanlab_ray.actors.journal.reading import RunFiles, merged
 from swanlab_ray.actors.journal.records import Arrived, Batch, Ended
 from swanlab_ray.actors.reduction.spans import RankSpans, StepTimes
-from swanlab_ray.actors.wire.protocol import Spans
+from swanlab_ray.actors.wire.events import Spans
 from swanlab_ray.observer.looking.render import Column, Grid, cell
 
 

@@ -12,7 +12,7 @@ from swanlab_ray.actors.journal.batches import BatchReader
 from swanlab_ray.actors.journal.reading import RunFiles, merged
 from swanlab_ray.actors.journal.records import Batch
 from swanlab_ray.actors.reduction.supersession import supersession
-from swanlab_ray.actors.wire.protocol import Completions, Tokenizer
+from swanlab_ray.actors.wire.events import Completions, Tokenizer
 
 
 def completions(run: RunFiles, last: int | None = None) -> Iterator[dict[str, Shown]]:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from time import monotonic, time_ns
 from types import FrameType
 
-from swanlab_ray.actors.wire.protocol import STACKS, Doing
+from swanlab_ray.actors.wire.events import STACKS
+from swanlab_ray.actors.wire.messages import Doing
 from swanlab_ray.observer.encoding.cells import plain_text
 from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.timing.spans import SpanLog

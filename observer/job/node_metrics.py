@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from swanlab_ray.actors.wire.protocol import JOB, SCALARS
+from swanlab_ray.actors.wire.events import JOB, SCALARS
 from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.script.notices import logger
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.console import Group
 
-from swanlab_ray.actors.wire.protocol import ACTOR_PREFIX, NAMESPACE, RankStatus, WriterStatus
-from swanlab_ray.actors.wire.status import duration, standstill, status_line
+from swanlab_ray.actors.wire.messages import ACTOR_PREFIX, NAMESPACE
+from swanlab_ray.actors.wire.status import RankStatus, WriterStatus, duration, standstill, status_line
 from swanlab_ray.actors.wire.text import first_line
 from swanlab_ray.observer.looking.render import Column, Grid, cell
 from swanlab_ray.observer.ray_cluster import finding as cluster

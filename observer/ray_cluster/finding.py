@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swanlab_ray.actors.wire.protocol import NAMESPACE
+from swanlab_ray.actors.wire.messages import NAMESPACE
 from swanlab_ray.observer.ray_cluster import directories, sharing
 from swanlab_ray.observer.ray_cluster.addresses import NoCluster as NoCluster
 from swanlab_ray.observer.ray_cluster.addresses import answers as _answers

@@ -12,7 +12,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from swanlab_ray.actors.wire.protocol import State
+from swanlab_ray.actors.wire.events import State
 from swanlab_ray.actors.wire.secret_shapes import masked
 
 TRACEBACK_FRAMES = 12

@@ -18,7 +18,7 @@ from time import perf_counter_ns, time_ns
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from swanlab_ray.actors.wire.protocol import SPANS
+from swanlab_ray.actors.wire.events import SPANS
 from swanlab_ray.observer.encoding.cells import plain_text
 from swanlab_ray.observer.encoding.numbers import Deferred, encode
 

@@ -22,7 +22,8 @@ from functools import partial
 from typing import Any, Protocol
 
 from swanlab_ray.actors.journal.records import Ended, Entry
-from swanlab_ray.actors.wire.protocol import (
+from swanlab_ray.actors.wire.codec import encode_batch
+from swanlab_ray.actors.wire.messages import (
     BATCH_BYTES,
     BEAT_S,
     EVENTS_PER_BATCH,
@@ -33,9 +34,8 @@ from swanlab_ray.actors.wire.protocol import (
     Farewell,
     Goodbye,
     Hello,
-    WriterStatus,
-    encode_batch,
 )
+from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.actors.writer.members import arrived, counts_of
 from swanlab_ray.observer.encoding.numbers import Deferred
 from swanlab_ray.observer.job.doing import Pulse

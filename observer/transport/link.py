@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.protocol import Ack, Beat, Declined, Farewell, Goodbye, Hello, WriterStatus
+from swanlab_ray.actors.wire.messages import Ack, Beat, Declined, Farewell, Goodbye, Hello
+from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.observer.job.identity import Identity, resolve_run_id
 from swanlab_ray.observer.ray_cluster import finding as cluster
 from swanlab_ray.observer.ray_cluster import sharing

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from swanlab_ray.actors.wire.protocol import Ack
+from swanlab_ray.actors.wire.messages import Ack
 
 
 class Opening:

@@ -17,7 +17,8 @@ import psutil
 from swanlab_ray.actors.journal.records import Arrived, Batch
 from swanlab_ray.actors.reduction.reduction import Reduction
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.protocol import COMPLETIONS, encode_batch
+from swanlab_ray.actors.wire.codec import encode_batch
+from swanlab_ray.actors.wire.events import COMPLETIONS
 from swanlab_ray.observer.completions import attach
 from swanlab_ray.observer.encoding.numbers import Deferred, encode
 from tests import rlhf

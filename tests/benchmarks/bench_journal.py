@@ -130,8 +130,9 @@ def recovery() -> None:
     from swanlab_ray.actors.journal.writing import Journal, run_directory
     from swanlab_ray.actors.reduction.reduction import Reduction
     from swanlab_ray.actors.settings import ObserverSettings
-    from swanlab_ray.actors.wire.protocol import SCALARS as SCALARS_TAG
-    from swanlab_ray.actors.wire.protocol import USER, encode_batch
+    from swanlab_ray.actors.wire.codec import encode_batch
+    from swanlab_ray.actors.wire.events import SCALARS as SCALARS_TAG
+    from swanlab_ray.actors.wire.events import USER
     from swanlab_ray.observer.encoding.numbers import encode
 
     directory = run_directory(Path(tempfile.mkdtemp()), "bench")

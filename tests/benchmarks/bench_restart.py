@@ -21,7 +21,7 @@ def main() -> None:
     os.environ.update(RAY_AUTH_MODE="disabled", OBSERVER_NODE_INTERVAL="0")
     import ray
 
-    from swanlab_ray.actors.wire.protocol import ACTOR_PREFIX, NAMESPACE
+    from swanlab_ray.actors.wire.messages import ACTOR_PREFIX, NAMESPACE
     from swanlab_ray.observer import connect
 
     observer = connect(project="bench", mode="offline", log_dir=tempfile.mkdtemp())

@@ -202,7 +202,9 @@ def many_ranks() -> None:
     """A writer that gets the spans of 64 ranks, as fast as it takes them."""
     from swanlab_ray.actors.delivery.queue import Row, Sink
     from swanlab_ray.actors.settings import ObserverSettings
-    from swanlab_ray.actors.wire.protocol import Hello, Spans, encode_batch
+    from swanlab_ray.actors.wire.codec import encode_batch
+    from swanlab_ray.actors.wire.events import Spans
+    from swanlab_ray.actors.wire.messages import Hello
     from swanlab_ray.actors.writer.actor import Writer
     from swanlab_ray.observer.encoding.numbers import encode
 
