@@ -12,14 +12,15 @@ if TYPE_CHECKING:
     from swanlab_ray.actors.settings import ObserverSettings, SettingsError
     from swanlab_ray.observer.callback import ObserverCallback
     from swanlab_ray.observer.history.upload import sync
-    from swanlab_ray.observer.session import Observer, connect, current
+    from swanlab_ray.observer.observer import Observer
+    from swanlab_ray.observer.session import connect, current
     from swanlab_ray.observer.tracker import ObserverTracker
 
 _HOMES = {
     "ObserverSettings": "swanlab_ray.actors.settings",
     "SettingsError": "swanlab_ray.actors.settings",
     "ObserverCallback": "swanlab_ray.observer.callback",
-    "Observer": "swanlab_ray.observer.session",
+    "Observer": "swanlab_ray.observer.observer",
     "connect": "swanlab_ray.observer.session",
     "current": "swanlab_ray.observer.session",
     "ObserverTracker": "swanlab_ray.observer.tracker",

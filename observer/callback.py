@@ -16,10 +16,11 @@ from swanlab_ray.observer import completions
 from swanlab_ray.observer.completions import CompletionCapture
 from swanlab_ray.observer.encoding.redact import configuration
 from swanlab_ray.observer.job.identity import trial_of_tune
+from swanlab_ray.observer.observer import Observer
 from swanlab_ray.observer.script.ending import describe, headline
 from swanlab_ray.observer.script.notices import logger
 from swanlab_ray.observer.script.wrapping import Wrapped
-from swanlab_ray.observer.session import Observer, connect, current
+from swanlab_ray.observer.session import connect, current
 from swanlab_ray.observer.timing.phases import Phases
 from swanlab_ray.observer.trainers.own_loss import OwnLoss
 from swanlab_ray.observer.trainers.run_config import LONGEST_REASON, run_config

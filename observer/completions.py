@@ -19,10 +19,11 @@ from typing import Any
 from swanlab_ray.actors.wire.events import COMPLETIONS, TOKENIZER
 from swanlab_ray.observer.encoding.cells import Columns
 from swanlab_ray.observer.encoding.numbers import Deferred, encode
+from swanlab_ray.observer.observer import Observer
 from swanlab_ray.observer.script.ending import headline
 from swanlab_ray.observer.script.notices import logger, warn_once
 from swanlab_ray.observer.script.wrapping import Wrapped
-from swanlab_ray.observer.session import Observer, current
+from swanlab_ray.observer.session import current
 from swanlab_ray.observer.trainers.algorithms import class_name, detect, of_a_framework
 from swanlab_ray.observer.trainers.rows import Snapshot, Unknown, duels, generated, judged, pairs
 

@@ -7,7 +7,8 @@ from typing import Any
 from accelerate.tracking import GeneralTracker
 
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.observer.session import Observer, connect
+from swanlab_ray.observer.observer import Observer
+from swanlab_ray.observer.session import connect
 
 
 class ObserverTracker(GeneralTracker):

@@ -18,8 +18,8 @@ from swanlab_ray.actors.reduction import aggregate
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.locks import hold_lock
 from swanlab_ray.observer.job.identity import Identity
+from swanlab_ray.observer.observer import Observer
 from swanlab_ray.observer.script import notices
-from swanlab_ray.observer.session import Observer
 from tests import forked, incarnations
 from tests.forked import ForkedProcess
 from tests.shaky_link import ShakyLink

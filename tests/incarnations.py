@@ -25,7 +25,7 @@ from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.actors.writer import actor as writer_module
 from swanlab_ray.actors.writer.actor import Writer
 from swanlab_ray.observer.job.identity import Identity
-from swanlab_ray.observer.session import Observer
+from swanlab_ray.observer.observer import Observer
 from swanlab_ray.observer.transport.channel import Link as LinkProtocol
 from swanlab_ray.observer.transport.link import LinkBroken, welcomed
 

@@ -20,7 +20,7 @@ for _name in (
 ):
     import_module(_name)
 
-from swanlab_ray.observer import session  # noqa: E402
+from swanlab_ray.observer import observer  # noqa: E402
 
 # What is shown is that a run ends well, not how soon: the machine of the tests may need minutes to start a writer.
-session.Observer.finish.__defaults__ = ("success", None, 600.0)
+observer.Observer.finish.__defaults__ = ("success", None, 600.0)

@@ -19,12 +19,12 @@ from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.codec import decode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER, Completions, Scalars
 from swanlab_ray.actors.wire.messages import Ack, Hello
-from swanlab_ray.observer import session as session_module
+from swanlab_ray.observer import observer as observer_module
 from swanlab_ray.observer.encoding import cells as cells_module
 from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.job.doing import Pulse
 from swanlab_ray.observer.job.identity import Identity
-from swanlab_ray.observer.session import Observer
+from swanlab_ray.observer.observer import Observer
 from swanlab_ray.observer.timing.spans import SpanLog
 from swanlab_ray.observer.transport import channel as channel_module
 from swanlab_ray.observer.transport import spool as spool_module
@@ -292,7 +292,7 @@ def test_a_value_on_a_gpu_is_read_by_the_flusher_in_order(
             return 2.5
 
     monkeypatch.setattr(values, "HostCopy", Copy)
-    monkeypatch.setattr(session_module, "HostCopy", Copy)
+    monkeypatch.setattr(observer_module, "HostCopy", Copy)
     monkeypatch.setattr(cells_module, "HostCopy", Copy)
     observer.log({"before": 1}, 0)
     observer.log({"lost": OnGpu()}, 1)
@@ -350,7 +350,7 @@ def test_what_is_logged_while_a_cluster_starts_goes_to_the_spool_and_arrives_in_
 ) -> None:
     """More than the queue takes, before the ranks have even agreed on a run id."""
     monkeypatch.setattr(channel_module, "CAPACITY", 5_000)
-    monkeypatch.setattr(session_module, "CAPACITY", 5_000)
+    monkeypatch.setattr(observer_module, "CAPACITY", 5_000)
     monkeypatch.setattr(channel_module, "UNSENT_BYTES", 50_000)
     link = SlowLink()
     link.run_id = None
@@ -402,7 +402,7 @@ def test_what_ends_other_threads_does_not_end_the_one_that_sends(tmp_path: Path)
 def test_a_driver_that_hangs_costs_no_event(link: ShakyLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank tells its GPU's name when it says hello, and where the GPU has failed nobody answers that."""
     over = threading.Event()
-    monkeypatch.setattr(session_module, "gpu_name", lambda local_rank: over.wait(60) and None)
+    monkeypatch.setattr(observer_module, "gpu_name", lambda local_rank: over.wait(60) and None)
     observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), link)
     for step in range(100):
         observer.log({"x": step}, step)

@@ -27,7 +27,7 @@ from swanlab_ray.actors.writer import actor as writer_module
 from swanlab_ray.observer import sync
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.job.identity import Identity
-from swanlab_ray.observer.session import Observer
+from swanlab_ray.observer.observer import Observer
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, settings_for
 from tests.swanlab_cloud import KEY, Fault, SwanLabCloud

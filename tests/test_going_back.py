@@ -13,7 +13,7 @@ from swanlab_ray.actors.delivery import follow as reducer_module
 from swanlab_ray.actors.journal.reading import find_runs
 from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.observer.history import archive, transcripts, upload
-from swanlab_ray.observer.session import Observer
+from swanlab_ray.observer.observer import Observer
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.journals import write_journal

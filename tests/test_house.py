@@ -16,9 +16,14 @@ PACKAGES = ("actors", "observer", "plugin")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 BELOW = {"actors": set(), "observer": {"actors"}, "plugin": {"actors", "observer"}}
 """The packages that a file of each may import besides its own."""
-LONG = {"actors/writer/actor.py", "observer/transport/channel.py", "observer/session.py"}
+LONG = {
+    "actors/writer/actor.py",
+    "observer/history/archive.py",
+    "observer/observer.py",
+    "observer/transport/channel.py",
+}
 """Longer than :data:`LINES`, and to be divided."""
-LINES = 455
+LINES = 450
 ROOM = 10
 FIELD = {"ray", "torch", "swanlab", "transformers", "trl", "accelerate"}
 """Large libraries: a file that is read on the way to ``connect`` imports them where they are used."""

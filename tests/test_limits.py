@@ -29,7 +29,7 @@ from swanlab_ray.actors.delivery.thinning import SERIES, SERIES_PER_SECOND, Begi
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.events import State
 from swanlab_ray.actors.writer import actor as writer
-from swanlab_ray.observer.session import FINISH_TIMEOUT_S
+from swanlab_ray.observer.observer import FINISH_TIMEOUT_S
 from tests.conftest import wait_until
 from tests.incarnations import NoSwanLab
 from tests.swanlab_cloud import SwanLabCloud

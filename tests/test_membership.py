@@ -26,7 +26,7 @@ from swanlab_ray.actors.writer.clocks import Skew, Timeline
 from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.history import archive
 from swanlab_ray.observer.job.identity import Identity, Launch
-from swanlab_ray.observer.session import Observer
+from swanlab_ray.observer.observer import Observer
 from swanlab_ray.observer.transport import channel as channel_module
 from swanlab_ray.observer.transport.link import LinkBroken, RayLink
 from tests.conftest import wait_until
@@ -112,7 +112,7 @@ class Told:
 
 def started_by(launch: Launch, patch: pytest.MonkeyPatch, make: Callable[[], Observer]) -> Observer:
     """A rank of that launch."""
-    patch.setattr("swanlab_ray.observer.session.which_launch", lambda: launch)
+    patch.setattr("swanlab_ray.observer.observer.which_launch", lambda: launch)
     observer = make()
     observer._channel._hello(0)  # it is asked once
     return observer

@@ -18,8 +18,8 @@ import pytest
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.events import Scalars
 from swanlab_ray.observer.job.identity import Identity
+from swanlab_ray.observer.observer import Observer
 from swanlab_ray.observer.script import notices
-from swanlab_ray.observer.session import Observer
 from tests.conftest import environment
 from tests.shaky_link import ShakyLink
 

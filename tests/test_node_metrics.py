@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from swanlab_ray.observer.job.identity import Identity
-from swanlab_ray.observer.session import Observer
+from swanlab_ray.observer.observer import Observer
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, logged_in, mortal, settings_for
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from swanlab_ray.actors.journal.reading import find_runs
 from swanlab_ray.actors.journal.records import VERSION, Alert, Entry
 from swanlab_ray.actors.journal.writing import run_directory
-from swanlab_ray.observer import session as session_module
+from swanlab_ray.observer import observer as observer_module
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.history import archive
 from swanlab_ray.observer.transport import channel as channel_module
@@ -217,7 +217,7 @@ def test_a_spool_whose_journal_is_gone_or_cut_off_is_not_the_whole_run(
 
 def test_what_a_rank_had_to_drop_stands_in_its_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_module, "CAPACITY", 50)
-    monkeypatch.setattr(session_module, "CAPACITY", 50)
+    monkeypatch.setattr(observer_module, "CAPACITY", 50)
     mortal(monkeypatch)
     cluster = Cluster(settings_for(tmp_path))
     link = Link(cluster)

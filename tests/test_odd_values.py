@@ -22,7 +22,8 @@ from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.events import Completions, Scalars
 from swanlab_ray.observer.history import archive
 from swanlab_ray.observer.job.identity import Identity
-from swanlab_ray.observer.session import DisabledObserver, Observer
+from swanlab_ray.observer.observer import Observer
+from swanlab_ray.observer.unobserved import DisabledObserver
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.shaky_link import ShakyLink

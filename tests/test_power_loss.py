@@ -20,7 +20,7 @@ from swanlab_ray.actors.wire.events import Scalars
 from swanlab_ray.actors.wire.messages import WINDOW
 from swanlab_ray.actors.writer import actor as writer_module
 from swanlab_ray.observer.history import archive
-from swanlab_ray.observer.session import Observer
+from swanlab_ray.observer.observer import Observer
 from swanlab_ray.observer.transport import channel as channel_module
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for

@@ -17,7 +17,9 @@ from swanlab_ray.actors.settings import ObserverSettings, SettingsError
 from swanlab_ray.observer import session
 from swanlab_ray.observer.job import which_run
 from swanlab_ray.observer.job.identity import Identity, resolve_run_id
-from swanlab_ray.observer.session import DisabledObserver, Observer, connect
+from swanlab_ray.observer.observer import Observer
+from swanlab_ray.observer.session import connect
+from swanlab_ray.observer.unobserved import DisabledObserver
 from tests import incarnations
 from tests.swanlab_file import read_run, run_dirs
 

@@ -73,7 +73,7 @@ def ours(sync: bool) -> tuple[float, float]:
     from swanlab_ray.actors.settings import ObserverSettings
     from swanlab_ray.actors.writer import actor as writers
     from swanlab_ray.observer.job.identity import Identity
-    from swanlab_ray.observer.session import Observer
+    from swanlab_ray.observer.observer import Observer
     from tests.incarnations import NoSwanLab
 
     # The journal is measured; a process has one SwanLab client, which the first round would keep.

@@ -43,7 +43,7 @@ def away() -> None:
     """A rank alone: 64 MiB in memory, then its disk."""
     from swanlab_ray.actors.settings import ObserverSettings
     from swanlab_ray.observer.job.identity import Identity
-    from swanlab_ray.observer.session import Observer
+    from swanlab_ray.observer.observer import Observer
 
     settings = ObserverSettings(project="bench", mode="offline", log_dir=tempfile.mkdtemp(), run_id="bench")
     observer = Observer(settings, Identity(0, 1, 0, 1), Gone())  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def soak() -> None:
     from swanlab_ray.actors.settings import ObserverSettings
     from swanlab_ray.actors.writer.actor import Writer
     from swanlab_ray.observer.job.identity import Identity
-    from swanlab_ray.observer.session import Observer
+    from swanlab_ray.observer.observer import Observer
 
     class Nowhere(Sink):
         def _write_some(self, first: Row) -> None:

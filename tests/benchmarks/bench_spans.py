@@ -148,7 +148,7 @@ def step_of_spans() -> None:
 
     from swanlab_ray.actors.settings import ObserverSettings
     from swanlab_ray.observer.job.identity import Identity
-    from swanlab_ray.observer.session import Observer
+    from swanlab_ray.observer.observer import Observer
 
     settings = ObserverSettings(project="bench", mode="offline", log_dir=tempfile.mkdtemp(), run_id="bench")
     observer = Observer(settings, Identity(0, 1, 0, 1), Gone())  # type: ignore[arg-type]
