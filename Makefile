@@ -32,7 +32,7 @@ test: install lint typecheck $(OVERLAYS) build/axolotl
 	$(PYTEST) --ignore tests/test_plugin.py
 	PYTHONPATH="$(CURDIR)/build/axolotl:$(CURDIR)" $(PYTEST) tests/test_plugin.py
 
-# No Ray, no torchrun, no trainer: under a minute, once .venv is there.
+# No Ray, no torchrun, no trainer: about a minute, once .venv is there.
 check: install lint typecheck
 	$(PYTEST) --numprocesses 4 --quick
 
