@@ -76,7 +76,9 @@ def test_whatever_standard_error_is_everything_arrives_and_nothing_waits(
 ) -> None:
     link = ShakyLink()
     if callable(make):
-        stream = io.TextIOWrapper(io.FileIO(os.open(os.devnull, os.O_WRONLY), "w"), write_through=True)
+        # It closes nothing when it is collected: its number may be that of another file by then.
+        file = io.FileIO(os.open(os.devnull, os.O_WRONLY), "w", closefd=False)
+        stream = io.TextIOWrapper(file, write_through=True)
         os.close(stream.fileno())
         descriptor = make()
         if descriptor != stream.fileno():
