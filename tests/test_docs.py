@@ -58,11 +58,26 @@ def test_commands_exist() -> None:
 
     makefile = (ROOT / "Makefile").read_text()
     for page in PAGES:
-        code = re.findall(r"`([^`\n]+)`", page.read_text()) + re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
+        code = re.findall(r"`([^`\n]+)`", page.read_text()) + re.findall(r"```\w*\n(.*?)```", page.read_text(), re.S)
         for text in code:
-            for command in re.findall(r"^swanlab-ray (\w+)", text, re.M):
+            for command in re.findall(r"(?<![/\w])swanlab-ray +([a-z]\S*)", text):
                 assert command in main.commands, command
-            for target in re.findall(r"^make (\w+)", text, re.M):
+            for target in re.findall(r"(?:^|&& )make (\w+)", text, re.M):
                 assert re.search(rf"^{target}:", makefile, re.M), target
             for module in re.findall(r"python -m (tests\.[\w.]+)", text):
                 assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+
+
+def test_what_a_message_tells_to_run_exists() -> None:
+    """A user who was told to run a command runs it when something has gone wrong already."""
+    from swanlab_ray.observer.cli import main
+
+    told = [
+        command
+        for room in ("actors", "observer", "plugin", "cluster_configs")
+        for path in sorted((ROOT / room).rglob("*"))
+        if path.suffix in (".py", ".yaml", ".sh", ".md")
+        for command in re.findall(r"(?:`|: )swanlab-ray ([a-z]\w*)", path.read_text())
+    ]
+    assert len(told) > 20
+    assert set(told) <= main.commands.keys()

@@ -112,6 +112,28 @@ def test_zeros_at_the_end_are_an_end(tmp_path: Path) -> None:
     assert [one.torn for one in damage] == [True]
 
 
+@given(payloads=records, synced=st.integers(0, 8), data=st.data())
+@relaxed
+def test_pages_that_a_power_loss_takes_cost_no_synced_record(
+    tmp_path: Path, payloads: list[bytes], synced: int, data: st.DataObject
+) -> None:
+    """Of what was not synced any pages of 4 KiB may be on the disk; the others are zeros, or not there at the end."""
+    content = bytearray(write(tmp_path / "file", payloads))
+    ends = [0, *(one.end for one in read(tmp_path / "file") if isinstance(one, Record))]
+    safe = ends[min(synced, len(payloads))]
+    pages = range(safe // 4096, -(-len(content) // 4096))
+    kept = data.draw(st.sets(st.sampled_from(pages)) if pages else st.just(set()))
+    for page in set(pages) - kept:
+        content[max(safe, page * 4096) : (page + 1) * 4096] = bytes(
+            len(content[max(safe, page * 4096) : (page + 1) * 4096])
+        )
+    size = len(content) if data.draw(st.booleans()) else max(safe, min(len(content), (max(kept, default=0) + 1) * 4096))
+    (tmp_path / "file").write_bytes(content[:size])
+    read_back, _ = contents(tmp_path / "file")
+    assert read_back[:synced] == payloads[:synced]
+    assert is_part_of(read_back, payloads)
+
+
 class Counting(io.FileIO):
     """Counts the bytes that are read."""
 
