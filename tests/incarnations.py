@@ -20,7 +20,7 @@ from swanlab_ray.actors.notify.messages import Notifications
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.codec import decode_batch
 from swanlab_ray.actors.wire.events import Scalars
-from swanlab_ray.actors.wire.messages import Ack, Beat, Farewell, Goodbye, Hello
+from swanlab_ray.actors.wire.messages import Ack, Farewell, Goodbye, Hello, NumberedBatch, Sign
 from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.actors.writer import actor as writer_module
 from swanlab_ray.actors.writer.actor import Writer
@@ -146,8 +146,8 @@ class Link:
         self._writer = self.cluster.find()
         return welcomed(self._call("hello", hello))
 
-    def ingest(self, *batch: Any) -> Any:
-        return self._call("ingest", *batch)
+    def ingest(self, sign: Sign, batch: NumberedBatch | None) -> Any:
+        return self._call("ingest", sign, batch)
 
     def acknowledged(self, reference: Any, wait: float) -> Ack | None:
         if self.lose_answers:
@@ -155,12 +155,6 @@ class Link:
             raise LinkBroken("an answer is lost")
         answer: Ack | None = reference
         return answer
-
-    def beat(self, beat: Beat) -> Any:
-        return self._call("beat", beat)
-
-    def beaten(self, reference: Any) -> Ack | bool | None:
-        return reference or False
 
     def goodbye(self, goodbye: Goodbye, wait: float) -> Farewell:
         farewell: Farewell = self._call("goodbye", goodbye)

@@ -6,7 +6,7 @@ from typing import Any
 
 from swanlab_ray.actors.wire.codec import decode_batch
 from swanlab_ray.actors.wire.events import Scalars
-from swanlab_ray.actors.wire.messages import Ack, Beat, Farewell, Goodbye, Hello
+from swanlab_ray.actors.wire.messages import Ack, Farewell, Goodbye, Hello, NumberedBatch, Sign
 from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.observer.transport.link import LinkBroken
 
@@ -25,7 +25,8 @@ class ShakyLink:
         self.full = False
         self.lose_acks = 0
         self.hellos: list[Hello] = []
-        self.beats: list[Beat] = []
+        self.signs: list[tuple[Sign, bool]] = []
+        """Each with whether a batch came with it."""
         self.goodbyes: list[Goodbye] = []
 
     def open(self, hello: Hello) -> Ack:
@@ -38,12 +39,13 @@ class ShakyLink:
     def ack(self) -> Ack:
         return Ack(self.next_seq, self.next_seq, 0.01, [])
 
-    def ingest(self, rank: int, life: str, seq: int, events: int, batch: bytes) -> Any:
+    def ingest(self, sign: Sign, batch: NumberedBatch | None) -> Any:
         if self.down:
             raise LinkBroken("it is down")
-        if seq == self.next_seq and not self.full:
+        self.signs.append((sign, batch is not None))
+        if batch is not None and batch.seq == self.next_seq and not self.full:
             self.next_seq += 1
-            self.taken += decode_batch(batch)[0]
+            self.taken += decode_batch(batch.data)[0]
         return self.ack()
 
     def acknowledged(self, reference: Any, wait: float) -> Ack | None:
@@ -51,13 +53,6 @@ class ShakyLink:
             self.lose_acks -= 1
             raise LinkBroken("the ack is lost")
         return None if self.mute else reference
-
-    def beat(self, beat: Beat) -> Any:
-        self.beats.append(beat)
-        return True
-
-    def beaten(self, reference: Any) -> Ack | bool | None:
-        return None if self.mute else self.ack()
 
     def goodbye(self, goodbye: Goodbye, wait: float) -> Farewell:
         self.goodbyes.append(goodbye)

@@ -15,10 +15,11 @@ import pytest
 
 from swanlab_ray.actors.journal.reading import find_runs, merged
 from swanlab_ray.actors.journal.records import Batch
+from swanlab_ray.actors.journal.writing import Journal
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.codec import decode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER, Completions, Scalars
-from swanlab_ray.actors.wire.messages import Ack, Hello
+from swanlab_ray.actors.wire.messages import WINDOW, Ack, Hello
 from swanlab_ray.observer import observer as observer_module
 from swanlab_ray.observer.encoding import cells as cells_module
 from swanlab_ray.observer.encoding.numbers import encode
@@ -30,6 +31,7 @@ from swanlab_ray.observer.transport import channel as channel_module
 from swanlab_ray.observer.transport import spool as spool_module
 from swanlab_ray.observer.transport.channel import Channel
 from tests.conftest import wait_until
+from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.shaky_link import ShakyLink
 
 
@@ -325,8 +327,44 @@ def test_secrets_in_a_configuration_are_masked(link: ShakyLink, observer: Observ
 def test_signs_of_life_carry_the_counts(link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_module, "BEAT_S", 0.01)
     observer.log({"x": 1})
-    wait_until(lambda: bool(link.beats) and link.beats[-1].counted.logged == 1)
-    assert next(itertools.islice(link.beats, 1)).rank == 0
+    wait_until(lambda: bool(link.signs) and link.signs[-1][0].counted.logged == 1)
+    assert next(itertools.islice(link.signs, 1))[0].rank == 0
+
+
+def test_a_rank_that_sends_batches_gives_no_other_sign_of_life(
+    link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "BEAT_S", 30.0)
+    for step in range(20):
+        observer.log({"x": step}, step)
+        wait_until(lambda: link.steps()[-1:] == [step])  # noqa: B023
+    with_batches = [with_batch for _, with_batch in link.signs]
+    assert with_batches[with_batches.index(True) :] == [True] * 20
+    sign, _ = link.signs[-1]
+    assert (sign.counted.logged, sign.doing.step if sign.doing else None) == (20, 19)
+
+
+def test_a_rank_is_heard_while_the_writer_s_disk_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its window is full, so no batch tells that it is there."""
+    mortal(monkeypatch)
+    monkeypatch.setattr(channel_module, "BEAT_S", 0.02)
+    monkeypatch.setattr(channel_module, "EVENTS_PER_BATCH", 10)
+    stuck = threading.Event()
+    real = Journal._commit
+    monkeypatch.setattr(Journal, "_commit", lambda self, group: (stuck.wait(), real(self, group))[1])
+    cluster = Cluster(settings_for(tmp_path))
+    observer = rank(cluster, Link(cluster))
+    assert observer.wait_ready(10)
+    for step in range(100):
+        observer.log({"x": step}, step)
+    member = cluster.find()._ranks[0]
+    wait_until(lambda: member.next_seq == WINDOW)
+    for step in range(100, 103):
+        observer.log({"x": step}, step)
+        wait_until(lambda: member.counted.logged == step + 1)  # noqa: B023
+    assert (member.next_seq, member.durable, observer.statistics().acknowledged) == (WINDOW, 0, 0)
+    stuck.set()
+    assert observer.finish()
 
 
 class SlowLink(ShakyLink):

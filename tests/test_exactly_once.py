@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from swanlab_ray.actors.journal.reading import find_runs
 from swanlab_ray.actors.journal.writing import Journal
+from swanlab_ray.actors.wire.messages import Counted, Sign
 from swanlab_ray.actors.writer import actor as writer_module
 from swanlab_ray.actors.writer.actor import Fenced, Writer
 from swanlab_ray.observer.history import archive
@@ -190,7 +191,7 @@ def test_two_incarnations_alive_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     observer.log({"x": 1}, 1)
     wait_until(lambda: old._fenced)
     with pytest.raises(Fenced):
-        old.ingest(0, observer._life, 99, 1, b"")
+        old.ingest(Sign(0, observer._life, Counted(0, 0, {})))
     with pytest.raises(Fenced):
         old.hello(observer._hello(0))
     assert observer.statistics().acknowledged == 1

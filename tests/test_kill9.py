@@ -142,6 +142,7 @@ NODE_LOST = """
     from swanlab_ray.actors.wire.messages import (ACTOR_PREFIX, NAMESPACE)
     from swanlab_ray.actors.settings import ObserverSettings
     from swanlab_ray.actors.writer.actor import Writer
+    from swanlab_ray.actors.writer.handle import GROUPS
     from swanlab_ray.observer import connect
     from swanlab_ray.observer.ray_cluster.keeper import be_patient
 
@@ -151,7 +152,7 @@ NODE_LOST = """
     first = cluster.add_node(**small, resources={"writers": 1})
     ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
     settings = ObserverSettings()
-    actor = ray.remote(concurrency_groups={"io": 1, "query": 2})(Writer).options(
+    actor = ray.remote(concurrency_groups=GROUPS)(Writer).options(
         name=ACTOR_PREFIX + settings.run_id, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_restarts=-1,
         max_task_retries=0, resources={"writers": 0.001}).remote(settings.run_id, settings)
     observer = connect(settings)

@@ -17,11 +17,11 @@ from swanlab_ray.actors.journal.reading import Damaged, entries
 from swanlab_ray.actors.journal.records import Arrived, Entry, Returned
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER, Outcome, State
-from swanlab_ray.actors.wire.messages import Ack, Beat, Counted, Declined, Farewell, Goodbye, Hello
+from swanlab_ray.actors.wire.messages import Ack, Counted, Declined, Farewell, Goodbye, Hello, NumberedBatch, Sign
 from swanlab_ray.actors.wire.version import package_version
 from swanlab_ray.actors.writer import actor as writer_module
 from swanlab_ray.actors.writer import newcomers as newcomers_module
-from swanlab_ray.actors.writer.actor import RunEnded, Writer
+from swanlab_ray.actors.writer.actor import RunEnded, Unknown, Writer
 from swanlab_ray.actors.writer.clocks import Skew, Timeline
 from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.history import archive
@@ -76,13 +76,13 @@ class Told:
         assert isinstance(answer, Ack), answer
         return answer
 
-    def beat(self, number: int, life: str = "a", **more: Any) -> Ack | None:
-        answer: Ack | None = self.writer.beat(Beat(number, f"{life}{number}", NOTHING, **more))
+    def sign(self, number: int, life: str = "a", batch: NumberedBatch | None = None, **more: Any) -> Ack:
+        answer: Ack = self.writer.ingest(Sign(number, f"{life}{number}", NOTHING, **more), batch)
         return answer
 
     def send(self, number: int, *events: Any, life: str = "a", seq: int = 0) -> Ack:
         batch = encode_batch([encode(event) for event in events])
-        ack: Ack = self.writer.ingest(number, f"{life}{number}", seq, len(events), batch)
+        ack = self.sign(number, life, NumberedBatch(seq, len(events), batch))
         assert self.writer._journal.settled(10)
         assert self.writer._views.settled(10)
         return ack
@@ -130,7 +130,8 @@ def test_a_higher_attempt_of_the_same_job_is_a_restart_though_the_earlier_proces
     run.welcome(1, "b", attempt=1)
     run.welcome(0, "b", attempt=1)
     assert run.notices() == ["The training was started again, after its ranks had ended without a word"]
-    assert run.beat(1) is None
+    with pytest.raises(Unknown):
+        run.sign(1)
     for number in (0, 1):
         run.goodbye(number, life="b")
     assert run.end() == ("success", None)
@@ -193,7 +194,7 @@ def test_another_job_does_not_mix_with_a_larger_or_smaller_one(tmp_path: Path) -
     run.welcome(1)
     for _ in range(3):
         assert isinstance(run.hello(5, "b", nonce="other", world_size=8), Declined)
-        run.beat(0)
+        run.sign(0)
     assert run.writer.status().world_size == 2
     for number in (0, 1):
         run.goodbye(number)
@@ -255,7 +256,7 @@ def test_a_rank_of_an_older_version_is_understood(tmp_path: Path) -> None:
     """It tells neither attempt nor nonce, version, settings or clock."""
     run = Told(tmp_path)
     run.welcome(0, nonce="")
-    assert run.beat(0) is not None
+    assert run.sign(0)
     run.goodbye(0, "crashed", "ValueError: boom", time_ns=7)
     assert run.end() == ("crashed", "rank 0 (host0, pid 100): ValueError: boom")
 
@@ -270,7 +271,7 @@ def test_an_elastic_job_of_two_then_three_then_two_ranks_is_one_run(tmp_path: Pa
     run.world_size = 3
     run.welcome(2, "b")  # the new rank comes first
     for number in (0, 1):
-        assert run.beat(number)
+        assert run.sign(number)
         run.goodbye(number, "aborted", "SIGTERM")
         run.welcome(number, "b")
     assert run.writer.status().world_size == 3
@@ -397,11 +398,11 @@ def test_a_rank_that_is_heard_again_runs_again(said: Outcome | None, tmp_path: P
         run.send(1, said)
 
     def states() -> list[str]:
-        assert run.beat(0)
+        assert run.sign(0)
         return [member.state for member in run.writer.status().ranks]
 
     wait_until(lambda: states() == ["running", "crashed" if said else "lost"])
-    assert run.beat(1)
+    assert run.sign(1)
     assert states() == ["running", "running"]
     for number in (0, 1):
         run.goodbye(number)
@@ -456,7 +457,7 @@ def test_the_first_failure_is_the_cause_whatever_the_clocks_say(hours: int, tmp_
 
     for number in (0, 1):
         run.welcome(number, sent_ns=now(number))
-        run.beat(number, sent_ns=now(number))
+        run.sign(number, sent_ns=now(number))
     failed = {1: now(1) - 200_000_000, 0: now(0)}
     run.goodbye(0, "crashed", "connection closed by peer", time_ns=failed[0], sent_ns=now(0))
     run.goodbye(1, "crashed", "ValueError: boom", time_ns=failed[1], sent_ns=now(1))
@@ -470,7 +471,7 @@ def test_a_lost_rank_and_a_failed_one_are_compared_on_one_scale(hours: int, tmp_
     run.welcome(0, sent_ns=time.time_ns() + hours * HOUR_NS)
     run.welcome(1)
     now = time.time_ns() + hours * HOUR_NS
-    run.beat(1)
+    run.sign(1)
     run.goodbye(0, "crashed", "ValueError: boom", time_ns=now - 10**9, sent_ns=now)
     assert run.end()[1] == "rank 0 (host0, pid 100): ValueError: boom"
 
@@ -529,6 +530,16 @@ def test_a_message_that_was_long_on_its_way_tells_nothing_of_the_clock() -> None
     assert skew.corrected(10**9) == 10**9
 
 
+def test_calls_that_were_all_on_their_way_for_long_tell_nothing_of_the_clock() -> None:
+    """As of a writer that stood still for three seconds, and hears then what a rank has sent meanwhile."""
+    skew = Skew()
+    for second in range(5):
+        skew.heard(second * 10**9 + 1, second * 10**9 + 5_000_000)
+    for tenth in range(50, 80):
+        skew.heard(tenth * 10**8, 8 * 10**9 + tenth)
+    assert skew.corrected(10**9) == 10**9
+
+
 # What is told.
 
 
@@ -561,7 +572,7 @@ def test_refusals_are_told_with_the_answer_to_the_goodbye_though_another_was_los
     run = Told(tmp_path)
     run.welcome(0)
     run.send(0, (SCALARS, 0, 1, USER, {"note": "hi"}))
-    assert run.beat(0)  # the answer that tells it does not arrive
+    assert run.sign(0)  # the answer that tells it does not arrive
     assert run.goodbye(0).notices == ["'note' is not logged: str 'hi' is not a number; log numbers."]
     assert run.end() == ("success", None)
 
@@ -574,7 +585,7 @@ def test_refusals_are_told_though_much_waits_to_be_looked_at(tmp_path: Path, mon
     monkeypatch.setattr(run.writer._views, "_look", lambda batch: (slow.wait(1.5), real(batch))[1])
     batch = encode_batch([encode((SCALARS, 0, 1, USER, {"note": secrets.token_hex(2_000_000)}))])
     assert len(batch) > 1 << 20  # packed
-    run.writer.ingest(0, "a0", 0, 1, batch)
+    run.sign(0, batch=NumberedBatch(0, 1, batch))
     assert run.writer._journal.settled(10)
     (told,) = run.goodbye(0).notices
     assert told.startswith("'note' is not logged: str ")
@@ -586,8 +597,7 @@ def test_more_names_than_are_told_are_counted(tmp_path: Path, monkeypatch: pytes
     run = Told(tmp_path)
     run.welcome(0)
     run.send(0, (SCALARS, 0, 1, USER, {f"n{number}": "text" for number in range(9)}))
-    ack = run.beat(0)
-    assert ack is not None
+    ack = run.sign(0)
     assert len(ack.notices) == 4
     assert ack.notices[-1] == "More than 3 names are not logged; the rest of them are counted, and not told."
     assert run.writer.status().rejected == 9
@@ -669,10 +679,10 @@ def test_a_thousand_ranks_and_five_thousand_names(tmp_path: Path) -> None:
     run = Told(tmp_path, size)
     for number in range(size):
         run.welcome(number)
-        run.beat(number)
+        run.sign(number)
     batch = encode_batch([encode((SCALARS, 0, 1, USER, {f"name{n}": float(n) for n in range(names)}))])
     for number in range(2):
-        run.writer.ingest(number, f"a{number}", 0, 1, batch)
+        run.sign(number, batch=NumberedBatch(0, 1, batch))
     status = run.writer.status()
     assert (len(status.ranks), status.world_size) == (size, size)
     for number in range(size - 1):

@@ -18,7 +18,7 @@ from swanlab_ray.actors.journal.seen import InOrder, Numbers
 from swanlab_ray.actors.journal.writing import Appender, Disk, run_directory
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER
-from swanlab_ray.actors.wire.messages import WINDOW, Hello
+from swanlab_ray.actors.wire.messages import WINDOW, Counted, Hello, NumberedBatch, Sign
 from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.history import archive
 from tests.incarnations import Cluster, MortalDisk, mortal, settings_for
@@ -99,7 +99,7 @@ def test_a_rank_forgets_only_what_is_there_without_a_gap(tmp_path: Path, monkeyp
     assert (ack.durable, ack.next_seq) == (1, 1)
     assert writer.status().received == 2 * EVENTS
     for one in batches[1:]:
-        ack = writer.ingest(0, LIFE, one.seq, one.events, one.data)
+        ack = writer.ingest(Sign(0, LIFE, Counted(0, 0, {})), NumberedBatch(one.seq, one.events, one.data))
         assert ack.next_seq == one.seq + 1
     assert writer._journal.settled(10)
     assert writer.status().received == 5 * EVENTS  # each once, though 4 is there twice

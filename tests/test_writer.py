@@ -16,16 +16,17 @@ from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER, Outcome, State
 from swanlab_ray.actors.wire.locks import pid_namespace
-from swanlab_ray.actors.wire.messages import Beat, Counted, Farewell, Goodbye, Hello
+from swanlab_ray.actors.wire.messages import Ack, Counted, Doing, Farewell, Goodbye, Hello, NumberedBatch, Sign
 from swanlab_ray.actors.writer import actor as writer_module
 from swanlab_ray.actors.writer import newcomers as newcomers_module
-from swanlab_ray.actors.writer.actor import RunEnded, Writer
+from swanlab_ray.actors.writer.actor import RunEnded, Unknown, Writer
 from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.history import archive
 from tests.conftest import wait_until
 from tests.swanlab_file import RunFile, only_run
 
 _runs = itertools.count()
+NOTHING = Counted(0, 0, {})
 
 
 class Run:
@@ -59,10 +60,14 @@ class Run:
     def send(self, rank: int, *events: Any, life: str = "a", seq: int | None = None) -> Any:
         seq = self.seq[rank] if seq is None else seq
         batch = encode_batch([encode(event) for event in events])
-        ack = self.writer.ingest(rank, life, seq, len(events), batch)
+        ack = self.sign(rank, life=life, batch=NumberedBatch(seq, len(events), batch))
         self.seq[rank] = ack.next_seq
         assert self.writer._journal.settled(10)
         assert self.writer._views.settled(10)
+        return ack
+
+    def sign(self, rank: int, counted: Counted = NOTHING, life: str = "a", batch: NumberedBatch | None = None) -> Ack:
+        ack: Ack = self.writer.ingest(Sign(rank, life, counted), batch)
         return ack
 
     def log(self, rank: int, step: int, life: str = "a", **values: Any) -> Any:
@@ -72,7 +77,7 @@ class Run:
         self, rank: int, state: State = "success", error: str | None = None, time_ns: int = 0, life: str = "a"
     ) -> Farewell:
         farewell: Farewell = self.writer.goodbye(
-            Goodbye(rank=rank, life=life, state=state, error=error, time_ns=time_ns, counted=Counted(0, 0, {}))
+            Goodbye(rank=rank, life=life, state=state, error=error, time_ns=time_ns, counted=NOTHING)
         )
         return farewell
 
@@ -135,12 +140,45 @@ def test_a_silent_rank_is_lost(tmp_path: Path) -> None:
     assert "was lost: no sign of life for 1 s" in ended.error
 
 
+def test_a_batch_is_a_sign_of_life(tmp_path: Path) -> None:
+    """It says what an empty one would say; and a rank that counts as lost is there again with it."""
+    run = Run(tmp_path, 2)
+    run.hello(0)
+    run.hello(1)
+    wait_until(lambda: run.sign(1).durable == 0 and run.writer.status().ranks[0].state == "lost")
+    run.writer.ingest(
+        Sign(0, "a", Counted(7, 0, {"some reason": 2}, 1), Doing(3, "forward", 0.5)),
+        NumberedBatch(0, 1, encode_batch([encode((SCALARS, 3, time.time_ns(), USER, {"x": 1.0}))])),
+    )
+    (rank, _) = run.writer.status().ranks
+    assert (rank.state, rank.span, rank.logged, rank.dropped) == ("running", "forward", 7, 2)
+    assert rank.silent < 1
+    assert rank.idle == pytest.approx(0.5, abs=0.4)
+    run.goodbye(0)
+    run.goodbye(1)
+    run.ended()
+
+
+def test_a_sign_of_life_of_a_rank_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    """It must say hello, as after the writer was started again."""
+    run = Run(tmp_path, 1)
+    run.hello(0)
+    for rank, life in ((1, "a"), (0, "another")):
+        for batch in (None, NumberedBatch(0, 0, encode_batch([]))):
+            with pytest.raises(Unknown, match=f"rank {rank} has not said hello"):
+                run.sign(rank, life=life, batch=batch)
+    run.goodbye(0)
+    with pytest.raises(RunEnded):
+        run.sign(0)
+    run.ended()
+
+
 def test_what_a_killed_rank_took_with_it_is_in_the_ledger(tmp_path: Path) -> None:
     """By its last sign of life; what it had not counted by then nobody can know."""
     run = Run(tmp_path, 1)
     run.hello(0)
     run.log(0, 1, x=1.0)
-    run.writer.beat(Beat(0, "a", Counted(11, 0, {"some reason": 2})))
+    run.sign(0, Counted(11, 0, {"some reason": 2}))
     assert run.ended().state == "crashed"
     (account,) = archive.load(tmp_path)[0].accounts
     assert (account.logged, account.written, account.spooled) == (11, 1, 0)
@@ -198,8 +236,8 @@ def test_a_wrong_world_size_is_said_to_the_rank(tmp_path: Path, monkeypatch: pyt
     notices: list[str] = []
 
     def told() -> bool:
-        run.writer.beat(Beat(0, "a", Counted(0, 0, {})))
-        notices.extend(run.writer.beat(Beat(1, "a", Counted(0, 0, {}))).notices)
+        run.sign(0)
+        notices.extend(run.sign(1).notices)
         return bool(notices)
 
     wait_until(told)
@@ -293,10 +331,10 @@ def test_a_log_dir_that_cannot_be_written_is_said_and_nothing_is_acknowledged(
     welcome = run.hello(0)
     assert any("cannot be written" in notice and "Not a directory" in notice for notice in welcome.notices)
     event = encode((SCALARS, 0, time.time_ns(), USER, {"x": 1.0}))
-    ack = run.writer.ingest(0, "a", 0, 1, encode_batch([event]))
+    ack = run.sign(0, batch=NumberedBatch(0, 1, encode_batch([event])))
     assert (ack.next_seq, ack.durable) == (1, 0)
     (tmp_path / "file").unlink()  # somebody mends it
-    wait_until(lambda: run.writer.beat(Beat(0, "a", Counted(1, 0, {}))).durable == 1)
+    wait_until(lambda: run.sign(0).durable == 1)
     run.goodbye(0)
     wait_until(lambda: run.writer.status().closed)
     assert "The journal is written again." in run.writer.status().notices

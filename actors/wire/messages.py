@@ -14,7 +14,7 @@ NAMESPACE = "swanlab-ray"
 ACTOR_PREFIX = "swanlab-writer:"
 
 BEAT_S = 2.0
-"""Seconds between two signs of life of a rank."""
+"""Seconds between two signs of life of a rank, at the most; a batch is one."""
 EVENTS_PER_BATCH = 8192
 BATCH_BYTES = 1 << 20
 WINDOW = 4
@@ -95,8 +95,8 @@ class Doing(msgspec.Struct, frozen=True, array_like=True):
     """Seconds since it last got ahead: began another step, or ended a span."""
 
 
-class Beat(msgspec.Struct, frozen=True, array_like=True):
-    """A sign of life."""
+class Sign(msgspec.Struct, frozen=True, array_like=True):
+    """A sign of life: it goes with every batch, and alone where there is none to send."""
 
     rank: int
     life: str
@@ -104,6 +104,16 @@ class Beat(msgspec.Struct, frozen=True, array_like=True):
     doing: Doing | None = None
     sent_ns: int = 0
     """As in :class:`Hello`."""
+
+
+class NumberedBatch(msgspec.Struct, frozen=True, array_like=True):
+    """Events as a rank sends them."""
+
+    seq: int
+    """The rank's batches count up from 0."""
+    events: int
+    """How many there are in it."""
+    data: bytes
 
 
 class Goodbye(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,8 +5,9 @@ What arrives goes to the journal; once it is on disk it is acknowledged, looked 
 (:mod:`swanlab_ray.actors.writer.progress`) and carried into SwanLab (:mod:`swanlab_ray.actors.delivery.follow`). A
 writer that is restarted finds the journal by the run id.
 
-Ranks reach it through :func:`swanlab_ray.actors.writer.handle.get_or_create`. What arrives stays in order (one thread,
-group ``io``); signs of life and questions are answered beside it (group ``query``), so a full batch never delays them.
+Ranks reach it through :func:`swanlab_ray.actors.writer.handle.get_or_create`. Batches, each of which is a sign of life
+as well, stay in order (one thread, group ``ingest``) and wait for nothing: what may take long, hellos and goodbyes, has
+other threads, and so have questions.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from swanlab_ray.actors.notify.outbox import open_mailbox
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.events import Event, Stacks, State
 from swanlab_ray.actors.wire.locks import hold_lock
-from swanlab_ray.actors.wire.messages import BEAT_S, Ack, Beat, Declined, Farewell, Goodbye, Hello
+from swanlab_ray.actors.wire.messages import BEAT_S, Ack, Declined, Farewell, Goodbye, Hello, NumberedBatch, Sign
 from swanlab_ray.actors.wire.secret_shapes import masked
 from swanlab_ray.actors.wire.status import WriterStatus, duration, standstill, status_line
 from swanlab_ray.actors.wire.version import package_version
@@ -97,6 +98,10 @@ class RunEnded(Exception):
 
 class Fenced(Exception):
     """A newer writer has taken over the run; this one acknowledges nothing any more."""
+
+
+class Unknown(Exception):
+    """This writer does not know the rank in this life, or from its journal only: it must say hello."""
 
 
 class Writer:
@@ -303,9 +308,9 @@ class Writer:
         if self._reducer is not None:
             self._reducer.abandon(close=False)
 
-    # What ranks call, in order.
+    # What ranks call.
 
-    @ray.method(concurrency_group="io")
+    @ray.method(concurrency_group="hello")
     def hello(self, hello: Hello) -> Ack | Declined:
         """A rank arrives, or comes back after a broken connection.
 
@@ -427,31 +432,45 @@ class Writer:
         rank.next_seq = rank.durable = self._on_disk.due(hello)
         rank.received = self._on_disk.events(life)
 
-    @ray.method(concurrency_group="io")
-    def ingest(self, rank: int, life: str, seq: int, events: int, batch: bytes) -> Ack:
-        """Take a batch; anything but the one that is due is answered with what is due (go-back-N).
+    @ray.method(concurrency_group="ingest")
+    def ingest(self, sign: Sign, batch: NumberedBatch | None = None) -> Ack:
+        """Hear a rank, and take the batch that it sends, if it does.
 
-        The answer says what is on disk so far, which this batch need not be yet.
+        Any batch but the one that is due is answered with what is due (go-back-N). The answer says what is on disk so
+        far, which this batch need not be yet.
 
         Raises:
             RunEnded: this run is closing.
             Fenced: another writer has taken over.
-            KeyError: the rank did not say hello to this incarnation.
+            Unknown: the rank did not say hello to this incarnation.
         """
         with self._lock:
             self._check_open()
-            sender = self._ranks[rank]
-            if sender.hello.life != life or sender.restored:
-                raise KeyError(f"rank {rank} has not said hello to this writer in this life")
-            sender.heard = self._last_batch = time.monotonic()
-            if sender.state != "running" and not sender.left:
-                self._come_back(sender)
-            if seq == sender.next_seq and self._journal.queued_bytes + self._views.backlog < BACKLOG_BYTES:
-                sender.next_seq += 1
-                self._journal.append(Batch(rank, life, seq, time.time_ns(), events, batch))
-            return self._ack(sender)
+            rank = self._ranks.get(sign.rank)
+            if rank is None or rank.hello.life != sign.life or rank.restored:
+                raise Unknown(f"rank {sign.rank} has not said hello to this writer in this life")
+            self._hear(rank, sign)
+            if batch is not None:
+                self._take_batch(rank, batch)
+            return self._ack(rank)
 
-    @ray.method(concurrency_group="io")
+    def _hear(self, rank: Member, sign: Sign) -> None:
+        rank.heard = time.monotonic()
+        rank.counted = sign.counted
+        rank.skew.heard(sign.sent_ns, self._clock.now_ns())
+        if sign.doing is not None:
+            self._health.beat(sign.rank, sign.life, sign.doing, rank.heard)
+        if rank.state != "running" and not rank.left:
+            self._come_back(rank)
+
+    def _take_batch(self, rank: Member, batch: NumberedBatch) -> None:
+        self._last_batch = rank.heard
+        if batch.seq == rank.next_seq and self._journal.queued_bytes + self._views.backlog < BACKLOG_BYTES:
+            rank.next_seq += 1
+            hello = rank.hello
+            self._journal.append(Batch(hello.rank, hello.life, batch.seq, time.time_ns(), batch.events, batch.data))
+
+    @ray.method(concurrency_group="goodbye")
     def goodbye(self, goodbye: Goodbye) -> Farewell:
         """A rank ends. Answered when that is on disk, or the disk is slow."""
         if self._views.behind() < SETTLE_S:  # so that it still hears of values that were rejected
@@ -465,7 +484,7 @@ class Writer:
                 if (
                     self._end is not None and rank.state == "lost"
                 ):  # the run has ended without it, which is to be undone
-                    raise KeyError(f"rank {goodbye.rank} must say hello again")
+                    raise Unknown(f"rank {goodbye.rank} must say hello again")
                 rank.skew.heard(goodbye.sent_ns, self._clock.now_ns())
                 rank.state, rank.error, rank.left = goodbye.state, goodbye.error, True
                 rank.ended_ns = rank.skew.corrected(goodbye.time_ns)
@@ -481,24 +500,6 @@ class Writer:
             last = self._end is not None
         self._journal.settled(DURABLE_S)
         return Farewell(last, notices, self._told)
-
-    # What is answered beside them.
-
-    @ray.method(concurrency_group="query")
-    def beat(self, beat: Beat) -> Ack | None:
-        """A sign of life. None: this writer does not know the rank, which must say hello again."""
-        with self._lock:
-            rank = self._ranks.get(beat.rank)
-            if self._fenced or self._end is not None or rank is None or rank.hello.life != beat.life or rank.restored:
-                return None
-            rank.heard = time.monotonic()
-            rank.counted = beat.counted
-            rank.skew.heard(beat.sent_ns, self._clock.now_ns())
-            if beat.doing is not None:
-                self._health.beat(beat.rank, beat.life, beat.doing, rank.heard)
-            if rank.state != "running" and not rank.left:
-                self._come_back(rank)
-            return self._ack(rank)
 
     @ray.method(concurrency_group="query")
     def take_key(self, key: SecretStr, api_host: str | None) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 SAMPLES = 8
 """Messages of a rank by which its clock is judged: the one that was on its way for the shortest time counts."""
+SAMPLE_NS = 2_000_000_000
+"""What lies so close together counts as one: all of it may have been on its way for long."""
 AGREE_NS = 1_000_000_000
 """Clocks that agree to a second are kept in step by somebody, to more than what a message tells."""
 SET_NS = 60 * 1_000_000_000
@@ -45,6 +47,7 @@ class Skew:
 
     def __init__(self) -> None:
         self._behind: deque[int] = deque(maxlen=SAMPLES)
+        self._begun_ns = 0  # when the first of the latest sample came
 
     def heard(self, sent_ns: int, now_ns: int) -> None:
         """A message was sent then by the rank's clock (0: it does not say), and has come now by the writer's."""
@@ -53,7 +56,11 @@ class Skew:
         behind = now_ns - sent_ns
         if self._behind and abs(behind - self._behind[-1]) > SET_NS:
             self._behind.clear()
-        self._behind.append(behind)
+        if self._behind and 0 <= now_ns - self._begun_ns < SAMPLE_NS:
+            self._behind[-1] = min(self._behind[-1], behind)
+        else:
+            self._begun_ns = now_ns
+            self._behind.append(behind)
 
     def corrected(self, moment_ns: int) -> int:
         """A moment by the rank's clock, on the writer's scale."""

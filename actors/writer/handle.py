@@ -10,10 +10,14 @@ from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.messages import ACTOR_PREFIX, NAMESPACE
 from swanlab_ray.actors.writer.actor import Writer
 
+GROUPS = {"ingest": 1, "hello": 1, "goodbye": 32, "query": 2}
+"""Threads for each group of the writer's calls: signs of life, which come with the batches, wait for no other call. The
+goodbyes of a world wait together, for the same disk."""
+
 
 def get_or_create(run_id: str, settings: ObserverSettings, life_lock: str | None = None) -> Any:
     """The handle of this run's writer; whichever rank comes first creates it."""
-    actor_class = ray.remote(concurrency_groups={"io": 1, "query": 2})(Writer)
+    actor_class = ray.remote(concurrency_groups=GROUPS)(Writer)
     return actor_class.options(
         name=f"{ACTOR_PREFIX}{run_id}",
         namespace=NAMESPACE,

@@ -29,11 +29,12 @@ from swanlab_ray.actors.wire.messages import (
     EVENTS_PER_BATCH,
     WINDOW,
     Ack,
-    Beat,
     Counted,
     Farewell,
     Goodbye,
     Hello,
+    NumberedBatch,
+    Sign,
 )
 from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.actors.writer.members import arrived, counts_of
@@ -86,10 +87,8 @@ class Link(Protocol):
     deadline: float
 
     def open(self, hello: Hello) -> Ack: ...
-    def ingest(self, rank: int, life: str, seq: int, events: int, batch: bytes) -> Any: ...
+    def ingest(self, sign: Sign, batch: NumberedBatch | None) -> Any: ...
     def acknowledged(self, reference: Any, wait: float) -> Ack | None: ...
-    def beat(self, beat: Beat) -> Any: ...
-    def beaten(self, reference: Any) -> Ack | bool | None: ...
     def goodbye(self, goodbye: Goodbye, wait: float) -> Farewell: ...
     def wait_closed(self, deadline: float) -> WriterStatus | None: ...
     def close(self) -> None: ...
@@ -191,8 +190,8 @@ class Channel:
         self._said_goodbye = False
         self._poll = POLL_S
         self._flushing = 0  # calls of flush() that wait
-        self._beat: tuple[Any, float] | None = None
-        self._last_beat = 0.0
+        self._sign: tuple[Any, float] | None = None  # one without a batch: the reference of its answer, and when
+        self._last_sign = 0.0
         self._wake = threading.Event()
         self._goodbye: Callable[[Counted], Goodbye] | None = None
         self._finishing = self._deadline = math.inf  # monotonic: when finish() was called, and its deadline
@@ -380,13 +379,13 @@ class Channel:
                 except RunOver as error:
                     if self._said_goodbye and not self.statistics().waiting:
                         break  # only the answer to the goodbye was lost
-                    self._connected, self._beat, self.last_error = False, None, str(error)
+                    self._connected, self._sign, self.last_error = False, None, str(error)
                     if time.monotonic() >= min(self._deadline, self._finishing + UNREACHABLE_S):
                         break
                     self._pause(RETRY_S[0])
                 except Exception as error:  # a broken link, or anything unforeseen: this thread must not end
                     self._connected = False
-                    self._beat = None
+                    self._sign = None
                     self.last_error = str(error) if isinstance(error, LinkBroken) else traceback.format_exc()
                     if isinstance(error, NotNow):
                         self._show([str(error)] if str(error) else [])
@@ -423,7 +422,7 @@ class Channel:
         pressing = finishing or self._more_to_send() or self._flushing > 0
         self._read_answers(wait=0.1 if pressing else 0.0)
         self._fill_window()
-        self._show_life(now=pressing and bool(self._window) and all(batch.taken for batch in self._window))
+        self._give_sign(now=pressing and bool(self._window) and all(batch.taken for batch in self._window))
         if finishing and not (self._window or self._more_to_send() or self.queue):
             self._say_goodbye()
             self._count_stragglers()
@@ -617,10 +616,8 @@ class Channel:
         if time.monotonic() >= self._hold_until:
             for batch in self._window:
                 if not batch.taken and batch.reference is None:
-                    batch.sent = time.monotonic()
-                    with self._away():
-                        reference = self._link.ingest(self._rank, self._life, batch.seq, batch.events, batch.data)
-                    batch.reference = reference
+                    batch.reference = self._ingest(NumberedBatch(batch.seq, batch.events, batch.data))
+                    batch.sent = self._last_sign
 
     def _read_answers(self, wait: float) -> None:
         for batch in [batch for batch in self._window if batch.reference is not None]:
@@ -649,26 +646,26 @@ class Channel:
             if batch.spooled and self._spool is not None:
                 self._spool.acknowledged(batch.seq + 1)
 
-    def _show_life(self, now: bool) -> None:
-        """Send a sign of life when it is due, or ``now`` for the sake of its answer, which says what is on disk."""
-        moment = time.monotonic()
-        if self._beat is not None:
+    def _give_sign(self, now: bool) -> None:
+        """Send a sign of life where no batch was sent lately, or ``now`` for the sake of its answer, which says what is
+        on disk."""
+        if self._sign is not None:
             with self._away():
-                answer = self._link.beaten(self._beat[0])
+                answer = self._link.acknowledged(self._sign[0], 0.0)
             if answer is None:
-                if moment - self._beat[1] > CALL_DEADLINE_S:
+                if time.monotonic() - self._sign[1] > CALL_DEADLINE_S:
                     raise LinkBroken(f"The writer has not answered for {CALL_DEADLINE_S:.0f} s.")
                 return
-            if not isinstance(answer, Ack):
-                raise LinkBroken("The writer does not know this rank any more.")
-            self._beat = None
+            self._sign = None
             self._heed(answer)
-        if now or moment - self._last_beat >= BEAT_S:
-            self._last_beat = moment
-            beat = Beat(self._rank, self._life, self._counted(), self._pulse.doing(), time.time_ns())
-            with self._away():
-                reference = self._link.beat(beat)
-            self._beat = (reference, moment)
+        if now or time.monotonic() - self._last_sign >= BEAT_S:
+            self._sign = self._ingest(None), self._last_sign
+
+    def _ingest(self, batch: NumberedBatch | None) -> Any:
+        self._last_sign = time.monotonic()
+        sign = Sign(self._rank, self._life, self._counted(), self._pulse.doing(), time.time_ns())
+        with self._away():
+            return self._link.ingest(sign, batch)
 
     def _counted(self) -> Counted:
         statistics = self.statistics()

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.messages import Ack, Beat, Declined, Farewell, Goodbye, Hello
+from swanlab_ray.actors.wire.messages import Ack, Declined, Farewell, Goodbye, Hello, NumberedBatch, Sign
 from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.observer.job.identity import Identity, resolve_run_id
 from swanlab_ray.observer.ray_cluster import finding as cluster
@@ -189,22 +189,13 @@ class RayLink:
             cluster.detach(left)
             raise LinkBroken(f"{error}; joining that") from error
 
-    def ingest(self, rank: int, life: str, seq: int, events: int, batch: bytes) -> Any:
-        """Send a batch of so many events; the returned reference is the answer."""
-        return self._call("ingest", rank, life, seq, events, self._by_reference(batch))
+    def ingest(self, sign: Sign, batch: NumberedBatch | None) -> Any:
+        """Send a sign of life, with a batch or without; the returned reference is the answer."""
+        return self._call("ingest", sign, self._by_reference(batch))
 
     def acknowledged(self, reference: Any, wait: float) -> Ack | None:
-        """The answer to a batch if it has arrived within ``wait`` seconds."""
+        """The answer to :meth:`ingest` if it has arrived within ``wait`` seconds."""
         return self._answer(reference, wait)  # type: ignore[no-any-return]
-
-    def beat(self, beat: Beat) -> Any:
-        """Send a sign of life; the returned reference is the answer."""
-        return self._call("beat", beat)
-
-    def beaten(self, reference: Any) -> Ack | bool | None:
-        """The answer to a sign of life if it has arrived; False where the writer does not know this rank."""
-        ready = self._ready(reference, 0.0)
-        return (self._answer(reference, 0.0) or False) if ready else None
 
     def goodbye(self, goodbye: Goodbye, wait: float) -> Farewell:
         """Say goodbye."""
@@ -231,9 +222,9 @@ class RayLink:
             cluster.detach(self._cluster, self._over)
             self._cluster = None
 
-    def _by_reference(self, batch: bytes) -> Any:
+    def _by_reference(self, batch: NumberedBatch | None) -> Any:
         """A large batch goes through the object store, a smaller one with the call."""
-        if len(batch) <= REFERENCE_BYTES:
+        if batch is None or len(batch.data) <= REFERENCE_BYTES:
             return batch
         try:
             with self._ray() as ray:

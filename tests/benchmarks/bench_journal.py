@@ -47,16 +47,10 @@ class Direct:
     def open(self, hello: Any) -> Any:
         return self.writer.hello(hello)
 
-    def ingest(self, *batch: Any) -> Any:
-        return self.writer.ingest(*batch)
+    def ingest(self, sign: Any, batch: Any) -> Any:
+        return self.writer.ingest(sign, batch)
 
     def acknowledged(self, reference: Any, wait: float) -> Any:
-        return reference
-
-    def beat(self, beat: Any) -> Any:
-        return self.writer.beat(beat)
-
-    def beaten(self, reference: Any) -> Any:
         return reference
 
     def goodbye(self, goodbye: Any, wait: float) -> Any:

@@ -204,7 +204,7 @@ def many_ranks() -> None:
     from swanlab_ray.actors.settings import ObserverSettings
     from swanlab_ray.actors.wire.codec import encode_batch
     from swanlab_ray.actors.wire.events import Spans
-    from swanlab_ray.actors.wire.messages import Hello
+    from swanlab_ray.actors.wire.messages import Counted, Hello, NumberedBatch, Sign
     from swanlab_ray.actors.writer.actor import Writer
     from swanlab_ray.observer.encoding.numbers import encode
 
@@ -253,7 +253,8 @@ def many_ranks() -> None:
     begin, cpu = perf_counter(), time.process_time()
     for second, batch in enumerate(batches):
         for rank in range(RANKS):
-            while writer.ingest(rank, f"life{rank}", second, 1, batch).next_seq != second + 1:
+            sign = Sign(rank, f"life{rank}", Counted(second, 0, {}))
+            while writer.ingest(sign, NumberedBatch(second, 1, batch)).next_seq != second + 1:
                 time.sleep(0.001)
     while writer.status().received < RANKS * SECONDS or writer._views.behind() > 0 or writer.status().lag > 0:
         time.sleep(0.01)
