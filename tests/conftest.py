@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from swanlab_ray.actors.reduction import aggregate
@@ -51,6 +52,10 @@ def job_environment(extra: dict[str, str]) -> dict[str, str]:
     """That of a job with a project."""
     return environment() | {"SWANLAB_PROJ_NAME": "test", "SWANLAB_MODE": "offline", "PYTHONUNBUFFERED": "1"} | extra
 
+
+# A slow machine is no failure; and whatever fails is told so that it can be run again.
+hypothesis.settings.register_profile("here", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("here")
 
 QUIET = {"OBSERVER_NODE_INTERVAL": "0", "OBSERVER_DASHBOARD": "0"}
 """Values that come by the clock would make every count of events a guess; a dashboard takes a fifth of a core."""
