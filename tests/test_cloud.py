@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from swanlab_ray.actors.delivery import cloud as cloud_run
-from swanlab_ray.actors.delivery import experiment as cloud_module
 from swanlab_ray.actors.delivery import follow as reducer
 from swanlab_ray.actors.delivery import queue as sink
+from swanlab_ray.actors.delivery import sdk
 from swanlab_ray.actors.delivery.cloud import CloudRun
 from swanlab_ray.actors.delivery.experiment import CloudError
 from swanlab_ray.actors.journal.at_work import AtWork
@@ -338,14 +338,14 @@ def test_what_its_client_cannot_even_send_costs_no_other(
     tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where it raises what nobody has foreseen."""
-    real = cloud_module._record
+    real = sdk.scalar
 
-    def record(point: cloud_module.Point) -> Any:
-        if point.key == "rank/0/x" and point.step % 2:
+    def scalar(key: str, step: int, *rest: Any) -> Any:
+        if key == "rank/0/x" and step % 2:
             raise KeyError("of another version")
-        return real(point)
+        return real(key, step, *rest)
 
-    monkeypatch.setattr(cloud_module, "_record", record)
+    monkeypatch.setattr(sdk, "scalar", scalar)
     job = Job(tmp_path)
     job.log(range(20))
     status = job.finish()

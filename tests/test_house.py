@@ -25,6 +25,10 @@ LONG = {
 """Longer than :data:`LINES`, and to be divided."""
 LINES = 450
 ROOM = 10
+WALLS = {"swanlab": "actors/delivery/sdk.py"}
+"""The one file for each library that may know its private parts."""
+PRIVATE = ("internal", "proto", "deprecated", "utils")
+"""Parts of a library that it keeps for itself, besides names with an underscore."""
 FIELD = {"ray", "torch", "swanlab", "transformers", "trl", "accelerate"}
 """Large libraries: a file that is read on the way to ``connect`` imports them where they are used."""
 
@@ -72,6 +76,19 @@ def test_nobody_takes_private_names() -> None:
         for module, name in imports(file):
             if module in NAMES and name is not None:
                 assert not name.startswith("_"), f"{file.relative_to(ROOT)} takes {name} from {module}"
+
+
+@pytest.mark.parametrize("library", WALLS)
+def test_one_file_imports_what_a_library_keeps_for_itself(library: str) -> None:
+    found = {
+        str(file.relative_to(ROOT))
+        for file in FILES
+        for module, name in imports(file)
+        if module.split(".")[0] == library
+        for part in (*module.split("."), name or "")
+        if part in PRIVATE or part.startswith("_")
+    }
+    assert found == {WALLS[library]}
 
 
 def test_what_both_sides_speak_needs_no_library_of_the_field() -> None:

@@ -21,6 +21,7 @@ from swanlab.sdk.internal.run.fmt import validate_key
 
 from swanlab_ray.actors.delivery import cloud as cloud_run
 from swanlab_ray.actors.delivery import disk as swanlab_run
+from swanlab_ray.actors.delivery import sdk
 from swanlab_ray.actors.delivery.cloud import CloudRun
 from swanlab_ray.actors.delivery.disk import SwanLabRun, remove_run
 from swanlab_ray.actors.delivery.limits import HIGHEST_STEP, fit_config, fitting
@@ -184,14 +185,14 @@ def test_a_fitted_configuration_stays_as_it_is(value: Any) -> None:
 def test_what_raises_at_one_row_costs_no_other(
     tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = swanlab_run._log_at
+    real = sdk.log_at
 
     def log_at(run: Any, values: dict[str, Any], step: int, time_ns: int) -> None:
         if step == 2:
             raise KeyError("of another version")
         real(run, values, step, time_ns)
 
-    monkeypatch.setattr(swanlab_run, "_log_at", log_at)
+    monkeypatch.setattr(sdk, "log_at", log_at)
     run = Delivered("offline", tmp_path, cloud)
     for step in range(5):
         run.write(step, {"x": 1.0})

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic_settings import EnvSettingsSource, PydanticBaseSettingsSource
 
+from swanlab_ray.actors.delivery import sdk
 from swanlab_ray.actors.settings import ObserverSettings, untidy
 
 
@@ -42,6 +43,4 @@ def find_account(settings: ObserverSettings) -> Account:
 
 def same_host(one: str, other: str) -> bool:
     """Whether two addresses are those of the same host."""
-    from swanlab.sdk.internal.settings import resolve_hosts
-
-    return bool(resolve_hosts(one)[0] == resolve_hosts(other)[0])
+    return sdk.host_of(one) == sdk.host_of(other)

@@ -13,13 +13,14 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from swanlab_ray.actors.completions.buffers import TABLE
 from swanlab_ray.actors.completions.tables import as_charts, as_texts
+from swanlab_ray.actors.delivery import sdk
 from swanlab_ray.actors.delivery.limits import fit_config
 from swanlab_ray.actors.delivery.queue import FINISH_DEADLINE_S, Row, Sink, Stopped, brief
 from swanlab_ray.actors.delivery.thinning import SERIES, Beginnings, Thinning
@@ -102,7 +103,7 @@ class SwanLabRun(Sink):
         self._on_open(self)  # before it is there: whoever takes over finds it, whenever this writer is killed
         try:
             self._run = swanlab.init(settings=self._swanlab_settings(directory.name))
-            _count_stored(self._run._core, self._stored)
+            sdk.count_stored(self._run, self._stored)
         except BaseException:
             self.run_dir = None
             remove_run(directory, self._settings.log_dir, self._run_id)
@@ -178,7 +179,7 @@ class SwanLabRun(Sink):
             # The local dashboard shows no tables.
             media = as_texts(row.table) if self.mode == "local" else as_charts(row.table)
             if media and self._has_room():
-                _log_at(self._run, {TABLE: media}, row.step, row.time_ns)
+                sdk.log_at(self._run, {TABLE: media}, row.step, row.time_ns)
             else:
                 self.completions_lost += len(row.table.rows)
         names = list(row.values)
@@ -193,7 +194,7 @@ class SwanLabRun(Sink):
                 self.thinned += len(names) - begin
                 break
             some = names[begin : begin + size]
-            _log_at(self._run, {name: row.values[name] for name in some}, row.step, row.time_ns)
+            sdk.log_at(self._run, {name: row.values[name] for name in some}, row.step, row.time_ns)
             self._handed += len(some)
         self._forget(1)
         if not self._rows:
@@ -201,8 +202,7 @@ class SwanLabRun(Sink):
 
     def _has_room(self) -> bool:
         """Wait until SwanLab's own queue takes more; it is kept short, to be worked off before the end's deadline."""
-        queue = self._run._components.emitter.queue
-        while queue.qsize() >= AHEAD_CALLS[self.mode]:
+        while sdk.calls_waiting(self._run) >= AHEAD_CALLS[self.mode]:
             self._check_consumer()
             if self.left() <= self._closing():
                 return False
@@ -212,7 +212,7 @@ class SwanLabRun(Sink):
 
     def _check_consumer(self) -> None:
         """The Stop button of the local dashboard kills SwanLab's consumer thread; then `log` would block for ever."""
-        if not self._run._components.consumer._thread.is_alive():
+        if not sdk.is_consumed(self._run):
             raise Stopped("its consumer thread has ended (the local dashboard's Stop button does that)")
 
     def _stored(self, scalars: int) -> None:
@@ -266,23 +266,8 @@ def remove_run(directory: Path, log_dir: Path, run_id: str) -> None:
     if files and not records:
         return
     shutil.rmtree(directory, ignore_errors=True)
-    index = log_dir / "runs.swanlab"
-    if index.exists():
-        with suppress(sqlite3.Error), closing(sqlite3.connect(index, timeout=10)) as database, database:
-            database.execute("PRAGMA foreign_keys = ON")  # charts and tags go with it
-            database.execute("DELETE FROM experiment WHERE run_id = ?", (directory.name,))
-
-
-def _count_stored(core: Any, stored: Callable[[int], None]) -> None:
-    """Be told of each scalar that SwanLab has written to its run's file, for which it has no callback."""
-    write = core._upsert_scalars_to_metrics
-
-    def counted(scalars: list[Any]) -> Any:
-        records = write(scalars)
-        stored(sum(record.HasField("scalar") for record in records))
-        return records
-
-    core._upsert_scalars_to_metrics = counted
+    with suppress(sqlite3.Error):
+        sdk.forget_run(log_dir, directory.name)
 
 
 class _Pace:
@@ -310,13 +295,3 @@ class _Pace:
         since = self._since
         busy = time.monotonic() - since if since is not None else 0.0
         return self._scalars / busy if busy > 2.0 else self._rate
-
-
-def _log_at(run: Any, values: dict[str, Any], step: int, time_ns: int) -> None:
-    """``run.log`` with the original time, for which SwanLab has no public argument."""
-    from google.protobuf.timestamp_pb2 import Timestamp
-    from swanlab.sdk.internal.bus import MetricLogEvent
-
-    timestamp = Timestamp()
-    timestamp.FromNanoseconds(time_ns)
-    run._components.emitter.emit(MetricLogEvent(data=values, step=step, timestamp=timestamp))

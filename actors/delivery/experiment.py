@@ -17,6 +17,7 @@ from pydantic import SecretStr
 
 from swanlab_ray.actors.completions.buffers import TABLE
 from swanlab_ray.actors.completions.tables import as_charts
+from swanlab_ray.actors.delivery import sdk
 from swanlab_ray.actors.delivery.account import find_account
 from swanlab_ray.actors.delivery.limits import fit_config
 from swanlab_ray.actors.delivery.queue import Row, brief
@@ -66,7 +67,8 @@ class CloudExperiment:
         self._highest: dict[str, int] = {}
         self._points: dict[str, dict[int, float] | None] = {}
         self._config: dict[str, Any] = {}
-        self._heartbeat: Any = None
+        self._opened: sdk.Opened
+        self._end_heartbeat: Callable[[], None] | None = None
         self.has_log = False
         """The experiment has lines in its log already."""
         self.highest_table = -1
@@ -87,59 +89,28 @@ class CloudExperiment:
             raise CloudError(brief(error)) from error
 
     def _open(self) -> None:
-        from google.protobuf.timestamp_pb2 import Timestamp
-        from swanlab.proto.swanlab.run.v1.run_pb2 import ResumeMode, StartRecord
-        from swanlab.sdk.internal.core_python import client
-        from swanlab.sdk.internal.core_python.api.experiment import get_experiment_summary
-        from swanlab.sdk.internal.core_python.context import CoreConfig, CoreContext
-        from swanlab.sdk.internal.core_python.heartbeat import Heartbeat
-        from swanlab.sdk.internal.core_python.transport.sender import HttpRecordSender
-        from swanlab.sdk.internal.core_python.utils import generate_run_online_path, prepare_experiment_start
-        from swanlab.sdk.internal.pkg import helper
-        from swanlab.utils.time import parse_resp_timestamp_s
-
         ours = self._settings
         account = find_account(ours)
         if not account.api_key:
             raise NoKey("no API key was provided: set SWANLAB_API_KEY, or run `swanlab login` on this machine")
         if not _reachable(account.api_host):  # SwanLab would say that the key is wrong, after 15 s
             raise CloudError(f"{account.api_host} cannot be reached")
-        if client.exists():
-            client.reset()
         try:
-            session = client.new(account.api_key, account.api_host, timeout=10)._session
+            sdk.log_in(account.api_key, account.api_host)
         except Exception as error:
             raise CloudError(f"{account.api_host} did not accept the API key") from error
-        session.max_redirects = 0  # it would tell another host who we are
-        now = Timestamp()
-        now.GetCurrentTime()
-        start = StartRecord(
+        opened = self._opened = sdk.open_experiment(
+            ours.log_dir,
+            CHUNK_SCALARS,
             id=self._run_id,
             project=ours.project or "",
             workspace=ours.workspace or "",
             name=ours.experiment_name or self._run_id,
             description=ours.description or "",
-            resume=ResumeMode.RESUME_MODE_ALLOW,
-            started_at=now,
         )
-        made = prepare_experiment_start(start)
-        self._client = client
-        self._place = (made.username, made.project, made.experiment["cuid"])
-        self._project_id = made.project_data["cuid"]
-        self._created = parse_resp_timestamp_s(made.experiment["createdAt"])
-        self.url = f"{str(account.web_host).rstrip('/')}{helper.fmt_run_path(generate_run_online_path(made))}"
-        config = CoreConfig(self._run_id, ours.log_dir, 0, CHUNK_SCALARS, 1.5, 0, 0, 0, 0, skip_store=True)
-        context = CoreContext(config=config)
-        version = made.project_data.get("version")
-        context.set_online_params(*self._place[:2], self._project_id, version, self._place[2])
-        if version == 1:
-            self._sender = HttpRecordSender(context)
-        else:
-            from swanlab.deprecated.sender import DeprecatedHttpRecordSender
-
-            self._sender = DeprecatedHttpRecordSender(context)
-        if not made.new_experiment:
-            summary = get_experiment_summary(self._project_id, self._place[2], made.experiment["createdAt"])
+        self.url = f"{str(account.web_host).rstrip('/')}{opened.page}"
+        if not opened.is_new:
+            summary = sdk.summary(opened)
             self._highest = {item["key"]: item["step"] for item in summary.get("scalar") or []}
             self._known |= self._highest.keys()
             media = {item["key"]: item["step"] for item in summary.get("media") or []}
@@ -147,14 +118,13 @@ class CloudExperiment:
             self._known |= media.keys()
             self.has_log = bool(summary.get("log"))
         self.close()
-        self._heartbeat = Heartbeat(self._place[2])
-        self._heartbeat.start()
+        self._end_heartbeat = sdk.begin_heartbeat(opened)
 
     def close(self) -> None:
         """Stop telling the server that somebody is at work."""
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
-            self._heartbeat = None
+        if self._end_heartbeat is not None:
+            self._end_heartbeat()
+            self._end_heartbeat = None
 
     def highest(self, key: str) -> int:
         """The highest step that the server had of a series when it was opened; -1 for none."""
@@ -178,14 +148,14 @@ class CloudExperiment:
     def _export(self, keys: list[str]) -> dict[str, dict[int, float]]:
         """The server's table: a row per step, and for each series two columns, value and time."""
         columns = [
-            {"experimentName": "e", "experimentId": self._place[2], "key": key, "createdAt": self._created}
+            {"experimentName": "e", "experimentId": self._opened.id, "key": key, "createdAt": self._opened.created_s}
             for key in keys
         ]
         import requests
 
-        export = {"projectId": self._project_id, "columns": columns}
-        path = self._client.post("/house/metrics/scalar/export", export, log_error=False).data["cosKey"]
-        (url,) = self._client.post("/files/presigned/get", {"paths": [path]}, log_error=False).data["urls"]
+        export = {"projectId": self._opened.project_id, "columns": columns}
+        path = sdk.post("/house/metrics/scalar/export", export)["cosKey"]
+        (url,) = sdk.post("/files/presigned/get", {"paths": [path]})["urls"]
         answer = requests.get(url, timeout=60)  # of a storage that need not know who we are
         answer.raise_for_status()
         answer.encoding = "utf-8"
@@ -208,83 +178,51 @@ class CloudExperiment:
 
     def add_series(self, keys: list[str]) -> None:
         """Make series that take numbers."""
-        from swanlab.proto.swanlab.metric.column.v1.column_pb2 import ColumnType
-        from swanlab.proto.swanlab.metric.data.v1.data_pb2 import ScalarRecord
-
         with _building():
-            scalars = [ScalarRecord(key=key, type=ColumnType.COLUMN_TYPE_SCALAR) for key in keys]
-            columns = [self._column(scalar) for scalar in scalars]
+            columns = [sdk.scalar_series(self._opened, key) for key in keys]
         self._send("column", columns)
         self._known.update(keys)
 
     def add_points(self, points: list[Point]) -> None:
         """Send points of series that are there; returns when the server has confirmed all of them."""
         with _building():
-            records = [_record(point) for point in points]
+            records = [sdk.scalar(*point) for point in points]
         self._send("scalar", records)
 
     def add_table(self, row: Row) -> None:
         """Send the table of a row, as files in the server's storage."""
-        from google.protobuf.timestamp_pb2 import Timestamp
-        from swanlab.proto.swanlab.record.v1.record_pb2 import Record
-        from swanlab.sdk.internal.run.transforms import ECharts
-
         assert row.table is not None
         with _building():
-            timestamp = Timestamp()
-            timestamp.FromNanoseconds(row.time_ns)
-            items = [ECharts(chart).transform(step=row.step, path=None) for chart in as_charts(row.table)]
-            if not items:
+            charts = as_charts(row.table)
+            if not charts:
                 return
-            media = ECharts.build_data_record(key=TABLE, step=row.step, timestamp=timestamp, data=items)
-            column = self._column(media)
+            series, value = sdk.table(self._opened, TABLE, row.step, row.time_ns, charts)
         if TABLE not in self._known:
-            self._send("column", [column])
+            self._send("column", [series])
             self._known.add(TABLE)
-        self._send("media", [Record(media=media, timestamp=timestamp)])
-
-    def _column(self, data: Any) -> Any:
-        from google.protobuf.timestamp_pb2 import Timestamp
-        from swanlab.proto.swanlab.record.v1.record_pb2 import Record
-        from swanlab.sdk.internal.core_python.pkg.builder import build_auto_column
-
-        now = Timestamp()
-        now.GetCurrentTime()
-        return Record(column=build_auto_column(self._sender._ctx, data), timestamp=now)
+        self._send("media", [value])
 
     def update_config(self, values: dict[str, Any]) -> None:
         """Add to the configuration that the server shows."""
-        from swanlab.sdk.internal.core_python.api.upload import upload_config
-
         merged = self._config | fit_config(values)
         content = {name: {"value": value, "desc": "", "sort": n} for n, (name, value) in enumerate(merged.items())}
-        self._call(upload_config, *self._place, content=content)
+        self._call(sdk.upload_config, self._opened, content)
         self._config = merged
 
     def finish(self, state: State, error: str | None) -> None:
         """Tell the server how the run ended."""
-        from google.protobuf.timestamp_pb2 import Timestamp
-        from swanlab.proto.swanlab.record.v1.record_pb2 import Record
-        from swanlab.proto.swanlab.run.v1.run_pb2 import RUN_STATE_ABORTED, RUN_STATE_CRASHED, RUN_STATE_FINISHED
-        from swanlab.proto.swanlab.terminal.v1.log_pb2 import LogLevel, LogRecord
-        from swanlab.sdk.internal.core_python.api.experiment import stop_experiment
-
-        now = Timestamp()
-        now.GetCurrentTime()
         if error and state != "success" and not self.has_log:
-            line = LogRecord(timestamp=now, level=LogLevel.LOG_LEVEL_ERROR, line=error, epoch=1)
             with suppress(Refused):  # the state is told all the same
-                self._send("log", [Record(log=line, timestamp=now)])
+                self._send("log", [sdk.error_line(error)])
             self.has_log = True
-        states = {"success": RUN_STATE_FINISHED, "crashed": RUN_STATE_CRASHED, "aborted": RUN_STATE_ABORTED}
         self.close()
-        self._call(stop_experiment, *self._place, state=states[state], finished_at=now)
+        self._call(sdk.stop_experiment, self._opened, state)
 
     def _send(self, kind: str, records: list[Any]) -> None:
         if not records:
             return
         try:
-            result = self._sender.upload(kind, records)
+            result = sdk.upload(self._opened, kind, records)
         except Exception as error:
             raise _problem(error) from error
         if result.failures or result.remaining_records:
@@ -295,9 +233,9 @@ class CloudExperiment:
             raise _answered(reason, failure.status if failure else None)
 
     @staticmethod
-    def _call(function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+    def _call(function: Callable[..., Any], *arguments: Any) -> None:
         try:
-            function(*arguments, **named)
+            function(*arguments)
         except Exception as error:
             raise _problem(error) from error
 
@@ -323,19 +261,6 @@ def _building() -> Iterator[None]:
         yield
     except Exception as error:
         raise Refused(brief(error)) from error
-
-
-def _record(point: Point) -> Any:
-    from google.protobuf.timestamp_pb2 import Timestamp
-    from swanlab.proto.swanlab.metric.column.v1.column_pb2 import ColumnType
-    from swanlab.proto.swanlab.metric.data.v1.data_pb2 import ScalarRecord
-    from swanlab.proto.swanlab.record.v1.record_pb2 import Record
-
-    timestamp = Timestamp()
-    timestamp.FromNanoseconds(point.time_ns)
-    scalar = ScalarRecord(key=point.key, step=point.step, timestamp=timestamp, type=ColumnType.COLUMN_TYPE_SCALAR)
-    scalar.value.number = point.value
-    return Record(scalar=scalar, timestamp=timestamp)
 
 
 def same(one: float | None, other: float) -> bool:
