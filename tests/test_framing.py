@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import random
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from swanlab_ray.actors.journal.framing import BLOCK, Damage, Record, frame, read
+from swanlab_ray.actors.journal.framing import BLOCK, HEADER, Damage, Record, frame, read
 
 records = st.lists(
     st.one_of(st.binary(max_size=200), st.integers(0, 3 * BLOCK).map(lambda size: random.Random(size).randbytes(size))),
@@ -45,6 +47,38 @@ def is_part_of(some: list[bytes], all_of_them: list[bytes]) -> bool:
 def test_what_was_written_is_read(tmp_path: Path, payloads: list[bytes]) -> None:
     write(tmp_path / "file", payloads)
     assert contents(tmp_path / "file") == (payloads, [])
+
+
+@pytest.mark.parametrize("left", range(HEADER + 3))
+def test_a_block_ends_in_a_fragment_or_in_less_than_a_header_of_zeros(tmp_path: Path, left: int) -> None:
+    """With just a header left its fragment is empty. A byte that is wrong there is found, and costs no other record."""
+    payloads = [b"a" * (BLOCK - HEADER - left), b"b" * 100, b"c"]
+    content = write(tmp_path / "file", payloads)
+    assert contents(tmp_path / "file") == (payloads, [])
+    (tmp_path / "file").write_bytes(content[: BLOCK - 1] + b"x" + content[BLOCK:])
+    read_back, (damage,) = contents(tmp_path / "file")
+    lost = 0 if left == 0 else 1 if left >= HEADER else None
+    assert read_back == [payload for number, payload in enumerate(payloads) if number != lost]
+    assert not damage.torn
+
+
+def test_a_fragment_never_crosses_a_block_whatever_its_header_says(tmp_path: Path) -> None:
+    """What is forged, or left over of a larger block: its checksums are right."""
+    length = BLOCK
+    place = zlib.crc32(struct.pack("<QHB", 0, length, 1))
+    payload = bytes(length)
+    forged = struct.pack("<IHBI", zlib.crc32(payload, place), length, 1, place) + payload
+    content = forged.ljust(2 * BLOCK, b"\0")
+    (tmp_path / "file").write_bytes(content + frame(b"next", len(content)))
+    read_back, (damage,) = contents(tmp_path / "file")
+    assert (read_back, damage.offset) == ([b"next"], 0)
+
+
+@pytest.mark.parametrize("beyond", range(4))
+def test_a_part_of_a_file_ends_anywhere_in_what_is_read_at_once(tmp_path: Path, beyond: int) -> None:
+    write(tmp_path / "file", [b"", b"b" * (BLOCK - 2 * HEADER + beyond), b"c"])
+    for record in [one for one in read(tmp_path / "file") if isinstance(one, Record)]:
+        assert list(read(tmp_path / "file", record.offset, record.end)) == [record]
 
 
 @given(payloads=records, where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))

@@ -117,7 +117,6 @@ class Life:
     next_seq: int = 0
     events: int = 0
     """In the batches that are there."""
-    batches: int = 0
     missing: list[tuple[int, int]] = field(default_factory=list)
     """Sequence numbers that damage took, as ranges with both ends."""
     last_batch: Batch | None = None
@@ -208,7 +207,6 @@ class Summary:
         life = self._life(batch)
         if self.seen.take(batch):
             life.events += batch.events
-            life.batches += 1
             if life.last_batch is None or batch.seq >= life.last_batch.seq:
                 life.last_batch = batch
 
