@@ -83,6 +83,7 @@ class Reduction:
         self._arrived: set[int] = set()
         self._left: set[int] = set()  # ranks of a job that is over, unless one of them comes back
         self._again: set[int] = set()  # ranks whose present life has not logged yet
+        self._logged_to: dict[int, int] = {}  # the highest step of each rank: of completions, and of earlier lives
         self._world_size = 0
         self._next_tick = 0.0
         self._refused: set[str] = set()
@@ -266,6 +267,7 @@ class Reduction:
 
     def _take_completions(self, rank: int, life: str, event: Completions, now: float) -> None:
         self._resumed_at(rank, event.step)
+        self._logged_to[rank] = max(event.step, self._logged_to.get(rank, -1))
         if self._superseded is None or self._superseded.stands(rank, life, event.step, TABLE):
             self.completions.add(rank, event, now)
 
@@ -274,8 +276,9 @@ class Reduction:
         if rank in self._again:
             self._again.discard(rank)
             self.completions.rewind(rank, step)
-            if step <= max(self._aggregator.highest_step, self.completions.highest_step):
+            if step <= self._logged_to.get(rank, -1):
                 self.rewound = True
+            if step <= max(self._aggregator.highest_step, self.completions.highest_step):  # of any rank
                 self._aggregator.rewind(rank, step)
                 self.timings.rewind(rank, step)
 
@@ -304,6 +307,8 @@ class Reduction:
         self._left = set()
         self._lives[arrived.rank] = arrived.life
         self._passed_lives.pop(arrived.rank, None)
+        highest = self._passes.highest.get(arrived.rank, -1)
+        self._logged_to[arrived.rank] = max(highest, self._logged_to.get(arrived.rank, -1))
         self._passes.restart_rank(arrived.rank)
         if earlier not in (None, arrived.life):
             self._again.add(arrived.rank)
