@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import hypothesis
@@ -53,9 +56,14 @@ def job_environment(extra: dict[str, str]) -> dict[str, str]:
     return environment() | {"SWANLAB_PROJ_NAME": "test", "SWANLAB_MODE": "offline", "PYTHONUNBUFFERED": "1"} | extra
 
 
-# A slow machine is no failure; and whatever fails is told so that it can be run again.
-hypothesis.settings.register_profile("here", deadline=None, print_blob=True)
+# A slow machine is no failure; and whatever fails is told so that it can be run again, also in continuous integration,
+# where Hypothesis would try the same examples each time.
+hypothesis.settings.register_profile("here", deadline=None, print_blob=True, derandomize=False)
 hypothesis.settings.load_profile("here")
+
+SLOWNESS = float(os.environ.get("TESTS_SLOWNESS") or 1)
+"""How many times as long as on two free cores everything may take: what :mod:`tests.slowness` has measured. Deadlines
+go by it, and waits that a deadline of the product must tell from others."""
 
 QUIET = {"OBSERVER_NODE_INTERVAL": "0", "OBSERVER_DASHBOARD": "0"}
 """Values that come by the clock would make every count of events a guess; a dashboard takes a fifth of a core."""
@@ -104,20 +112,34 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that start processes come last: an idle Ray cluster takes half a core of a slow machine."""
+    """What takes long begins first, and everything else goes on beside it; what starts no process comes last, so that
+    the last ones are short. One of these stands behind each of the long ones: a worker of pytest has always two, and
+    the second one waits for the first."""
+
+    def takes(item: pytest.Item) -> float:
+        marker = item.get_closest_marker("takes")
+        return marker.args[0] if marker else 0.0
 
     def starts_processes(item: pytest.Item) -> bool:
         return not {"ray_cluster", "launch"}.isdisjoint(getattr(item, "fixturenames", []))
 
-    items.sort(key=lambda item: (starts_processes(item), "dashboard" not in getattr(item, "fixturenames", [])))
     if config.getoption("quick"):
         items[:] = [item for item in items if not starts_processes(item)]
+    long = sorted((item for item in items if takes(item)), key=takes, reverse=True)
+    others = sorted((item for item in items if not takes(item)), key=starts_processes)
+    behind, others = others[: len(long)], others[len(long) :]
+    pairs = [item for pair in zip_longest(long, behind) for item in pair if item is not None]
+    items[:] = pairs + sorted(others, key=starts_processes, reverse=True)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Show a failure at once: a session that is cut off never comes to its summary."""
-    if report.failed:
-        print(f"\n{report.nodeid} ({report.when})\n{report.longreprtext[-6000:]}", flush=True)
+    """Show a failure at once, with what runs it again: a session that is cut off never comes to its summary."""
+    if not report.failed:
+        return
+    print(f"\n{report.nodeid} ({report.when})\n{report.longreprtext[-6000:]}")
+    print(f"again: python -m pytest {shlex.quote(report.nodeid)}", flush=True)
+    for blob in re.findall(r"@reproduce_failure\(.*\)", report.longreprtext):
+        print(f"again, on top of the test: {blob}", flush=True)
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +152,12 @@ def _nothing_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_run_stays_open(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process has one SwanLab client: a run that a test leaves open fails others, so it fails this one."""
+    """A process has one SwanLab client: a run that a test leaves open fails others, so it fails this one. Nor does it
+    leave an inotify instance behind, as SwanLab does with each run: a user's processes have 128 of them together."""
+    watcher = sys.modules.get("swanlab.sdk.internal.core_python.watcher")
+    if watcher is not None:
+        stop = watcher.FileWatcher.stop
+        monkeypatch.setattr(watcher.FileWatcher, "stop", lambda self: (self._observer.stop(), stop(self)))
     yield
     for cluster in list(incarnations.Cluster.made):
         cluster.end()
@@ -294,8 +321,9 @@ def run_forked(source: str, directory: Path, ranks: int, **env: str) -> Finished
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 150, what: str = "condition") -> None:
-    """Poll a condition with a deadline."""
+    """Poll a condition with a deadline: so many seconds on two free cores."""
+    timeout *= SLOWNESS
     deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout} s"
+        assert time.monotonic() < deadline, f"{what}: not within {timeout:.0f} s"
         time.sleep(0.05)

@@ -93,6 +93,7 @@ def test_the_command_is_installed() -> None:
     assert "No such command 'dmeo'" in done.stderr
 
 
+@pytest.mark.takes(20)
 def test_a_run_is_seen_in_the_terminal_and_in_the_dashboard(
     launch: Launch, tmp_path: Path, dashboard: SharedCluster
 ) -> None:
@@ -125,6 +126,7 @@ def test_a_run_is_seen_in_the_terminal_and_in_the_dashboard(
         assert job.wait().code == 0
 
 
+@pytest.mark.takes(20)
 def test_demo_ends_with_one_run(tmp_path: Path, in_cluster: SharedCluster) -> None:
     """The whole of ``swanlab-ray demo``, shorter: live lines, a table, one run that ended well, how to open it; and
     where the time went, with the rank that is slow on purpose."""

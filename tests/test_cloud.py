@@ -473,6 +473,7 @@ def test_sync_can_be_interrupted(tmp_path: Path, cloud: SwanLabCloud, monkeypatc
 
 
 @pytest.mark.parametrize("answer", [404, 503])
+@pytest.mark.takes(15)
 def test_a_server_that_cannot_export_points(tmp_path: Path, cloud: SwanLabCloud, answer: int) -> None:
     """An older deployment: then what lies beyond each series' highest step is uploaded, and that is told."""
     job = Job(tmp_path)
@@ -512,6 +513,7 @@ def test_a_killed_writer_goes_on_in_the_same_experiment(
     assert all(rank.logged == rank.received == STEPS for rank in status.ranks)
 
 
+@pytest.mark.takes(20)
 def test_killed_again_and_again_with_faults(
     tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ def test_transformers_trainer(tmp_path: Path, in_cluster: SharedCluster) -> None
     check_trainer(run_example(tmp_path, "transformers_trainer.py"))
 
 
+@pytest.mark.takes(30)
 def test_ray_train(launch: Launch, tmp_path: Path, in_cluster: SharedCluster) -> None:
     done = launch((EXAMPLES / "ray_train.py").read_text(), ranks=0).wait()
     assert done.code == 0, done.output

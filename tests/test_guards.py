@@ -71,6 +71,7 @@ def test_ports_of_ray_s_agents_are_nobody_else_s(
         assert not any(29_400 <= port < 29_600 or 32_768 <= port <= 60_999 for port in ports)
 
 
+@pytest.mark.takes(20)
 def test_losing_ray_does_not_change_the_training(launch: Launch, tmp_path: Path) -> None:
     """First the raylet is killed, then the GCS: same weights, same exit code, and finish() returns. Copies of the
     process that are made while the cluster starts do not hold it up, nor does a working directory that was removed."""

@@ -7,19 +7,25 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
+
 from swanlab_ray.observer.history import archive
-from tests.conftest import Launch, SharedCluster, wait_until
+from tests.conftest import SLOWNESS, Launch, SharedCluster, wait_until
 from tests.lark_bot import LarkGroup, texts
 from tests.swanlab_file import ended_run
 
+TIMEOUT = f"{8 * SLOWNESS:.0f}"
+"""The ``hang_timeout``: above what makes a rank silent, and far above what a busy machine holds a step up for."""
+
 SPIN_THEN_DEADLOCK = """
-    import time
+    import os, time
     from pathlib import Path
     import torch
     import torch.distributed as dist
     from swanlab_ray.observer import connect
 
     dist.init_process_group("gloo")
+    timeout = float(os.environ["OBSERVER_HANG_TIMEOUT"])
     observer = connect()
     assert observer.wait_ready(600)
     step = 0
@@ -43,22 +49,23 @@ SPIN_THEN_DEADLOCK = """
     def wait_for_a_word_that_never_comes():
         dist.recv(torch.ones(1), 0)
 
-    train(12)
+    train(1.5 * timeout)  # some signs of life long, so that these were the first steps
     if dist.get_rank() == 1:
         spin()
-    train(8)
+    train(timeout)
     if dist.get_rank() == 1:
         wait_for_a_word_that_never_comes()
     dist.all_reduce(torch.ones(1))
 """
 
 
+@pytest.mark.takes(60)
 def test_a_spinning_rank_then_a_deadlock_then_the_end_of_the_job(
     launch: Launch, tmp_path: Path, in_cluster: SharedCluster
 ) -> None:
     """Each is told once, and by name; SIGTERM is known as what ended the job, though no rank could handle it."""
     with LarkGroup() as group:
-        job = launch(SPIN_THEN_DEADLOCK, ranks=2, OBSERVER_HANG_TIMEOUT="15", **group.environment())
+        job = launch(SPIN_THEN_DEADLOCK, ranks=2, OBSERVER_HANG_TIMEOUT=TIMEOUT, **group.environment())
 
         def told(number: int) -> str:
             wait_until(lambda: len(group.cards) > number or job.process.poll() is not None, 400)
@@ -97,6 +104,7 @@ LONG_NOW_AND_THEN = """
     from pathlib import Path
     from swanlab_ray.observer import connect
 
+    long = 1.6 * float(os.environ["OBSERVER_HANG_TIMEOUT"])
     observer = connect()
     assert observer.wait_ready(600)
     step = 0
@@ -116,11 +124,11 @@ LONG_NOW_AND_THEN = """
             with observer.span("backward"):
                 meet()
 
-    time.sleep(25)  # the model is compiled
+    time.sleep(long)  # the model is compiled
     train(200, 0.05)
     for phase in ("evaluate", "checkpoint"):
         with observer.span(phase):
-            time.sleep(25)
+            time.sleep(long)
         meet()
     print("nothing was wrong", flush=True)
     end = Path("end")  # the step after which both go on
@@ -137,11 +145,12 @@ LONG_NOW_AND_THEN = """
 """
 
 
+@pytest.mark.takes(140)
 def test_what_takes_long_is_no_hang_but_a_slow_rank_and_a_stopped_one_are_told(
     launch: Launch, tmp_path: Path, in_cluster: SharedCluster
 ) -> None:
     with LarkGroup() as group:
-        env = {"OBSERVER_HANG_TIMEOUT": "15", "OBSERVER_RUN_ID": "long"} | group.environment()
+        env = {"OBSERVER_HANG_TIMEOUT": TIMEOUT, "OBSERVER_RUN_ID": "long"} | group.environment()
         job = launch(LONG_NOW_AND_THEN, ranks=2, **env)
         wait_until(lambda: job.output().count("nothing was wrong") == 2 or job.process.poll() is not None, 400)
         assert group.titles() == ["Training started"], job.output()

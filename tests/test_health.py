@@ -415,6 +415,7 @@ def test_spans_that_end_in_another_order_leave_nothing_open() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.takes(10)
 def test_a_hang_is_told_once_and_that_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks of this process, one of which stands still: cards, the journal's alerts, and the stacks in it."""
     mortal(monkeypatch)

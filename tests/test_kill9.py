@@ -107,6 +107,7 @@ def test_a_writer_killed_while_swanlab_opens_leaves_no_second_run(
     assert only_run(tmp_path).scalars["x"] == {0: 1.0, 1: 2.0}
 
 
+@pytest.mark.takes(20)
 def test_a_paused_writer(tmp_path: Path, in_cluster: SharedCluster) -> None:
     """Stopped for 20 s, as by a debugger or a swapping machine: everything arrives afterwards, once."""
     run_id = f"paused-{os.getpid()}"
@@ -201,6 +202,7 @@ CLUSTER_LOST = """
 """
 
 
+@pytest.mark.takes(30)
 def test_the_whole_cluster_is_lost_and_sync_puts_it_together(launch: Launch, tmp_path: Path) -> None:
     """What the rank could not send is on its disk beside the journal; both together are the whole run."""
     done = launch(CLUSTER_LOST, ranks=0, OBSERVER_RUN_ID="lost", RAY_TMPDIR=str(tmp_path)).wait()

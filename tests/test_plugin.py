@@ -550,6 +550,7 @@ def check_two_ranks(run: RunFile, log_dir: Path) -> None:
     }
 
 
+@pytest.mark.takes(60)
 def test_two_workers_of_ray_train_and_no_secret_anywhere(launch: Launch, files: Path, tmp_path: Path) -> None:
     """On two nodes, into the cloud, with all secrets in the driver's YAML or environment."""
     with SwanLabCloud() as cloud, LarkGroup() as group:

@@ -92,6 +92,7 @@ def check_text(algorithm: str, rows: list[Row]) -> None:
     [(2, None), (1, "0.19.1"), (2, "1.16.0")],
     ids=["2 ranks", "1 rank, TRL 0.19.1", "2 ranks, TRL 1.16.0"],
 )
+@pytest.mark.takes(15)
 def test_every_rank_s_rows_arrive_once_and_change_nothing(
     ranks: int, version: str | None, launch: Launch, tmp_path: Path, in_cluster: SharedCluster
 ) -> None:

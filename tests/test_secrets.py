@@ -50,6 +50,7 @@ def test_no_secret_is_left_anywhere(launch: Launch, tmp_path: Path, in_cluster: 
     search(tmp_path, in_cluster)
 
 
+@pytest.mark.takes(70)
 def test_nor_where_the_cloud_is_out_of_reach(launch: Launch, tmp_path: Path, in_cluster: SharedCluster) -> None:
     nowhere = {"SWANLAB_API_KEY": KEY, "SWANLAB_API_HOST": "http://127.0.0.1:1"}
     done = launch(CRASH, ranks=0, SWANLAB_MODE="cloud", **nowhere | SECRETS).wait()

@@ -162,6 +162,7 @@ def test_a_restart_by_torchrun_is_one_run(launch: Launch, tmp_path: Path, in_clu
         assert run.scalars[f"rank/{rank}/x"] == {step: float(step if step < 4 else -step) for step in range(10)}
 
 
+@pytest.mark.takes(15)
 def test_a_retry_by_ray_train_is_one_run(launch: Launch, tmp_path: Path, in_cluster: SharedCluster) -> None:
     job = launch(
         """
