@@ -30,7 +30,7 @@ from swanlab_ray.actors.journal.records import (
     pack,
     unpack,
 )
-from swanlab_ray.actors.journal.writing import Disk, Journal, Position, being_written, journal_files
+from swanlab_ray.actors.journal.writing import Appender, Disk, Journal, Position, being_written, journal_files
 from tests.conftest import wait_until
 
 
@@ -170,6 +170,22 @@ def test_one_alert_while_the_disk_is_full_and_one_when_it_is_not(
     kept.journal.close(10)
     assert stored(tmp_path) == [0, 1]
     assert len(journal_files(tmp_path)) == 1  # attempts leave no empty files behind
+
+
+def test_a_disk_that_refuses_is_asked_again_after_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not as fast as a core can."""
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.1)
+    monkeypatch.setattr(SickDisk, "failures", 0)
+    disk = SickDisk()
+    kept = Kept(tmp_path, disk)
+    disk.fails = "sync"
+    began = time.monotonic()
+    kept.journal.append(batch(0))
+    wait_until(lambda: SickDisk.failures >= 5)
+    assert time.monotonic() - began >= 0.2  # an attempt in a new file syncs its header first
+    disk.fails = "none"
+    assert kept.journal.close(10)
+    assert stored(tmp_path) == [0]
 
 
 class SickDisk(Disk):
@@ -322,6 +338,77 @@ def test_a_journal_is_read_by_whoever_can_read_the_log_directory(
         os.umask(before)
     if log_dir is None:
         assert directory.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("whose", ["another writer's directory", "somebody's file"])
+def test_a_directory_that_another_writer_makes_first_is_as_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    real = Path.mkdir
+
+    def outrun(path: Path, *arguments: Any) -> None:
+        if whose == "somebody's file":
+            path.touch()
+        else:
+            real(path, *arguments)
+        real(path, *arguments)
+
+    monkeypatch.setattr(Path, "mkdir", outrun)
+    if whose == "somebody's file":
+        with pytest.raises(NotADirectoryError) as caught:
+            Disk().make_directory(tmp_path / "observer" / "r")
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOTDIR, str(tmp_path / "observer"))
+    else:
+        Disk().make_directory(tmp_path / "observer" / "r")
+        assert (tmp_path / "observer" / "r").is_dir()
+
+
+class CountingDisk(Disk):
+    """Notes down what it is asked for."""
+
+    def __init__(self, takes_nothing: bool = False) -> None:
+        self.calls: list[str] = []
+        self.takes_nothing = takes_nothing
+
+    def write(self, descriptor: int, data: memoryview, offset: int) -> int:
+        self.calls.append("write")
+        return 0 if self.takes_nothing else super().write(descriptor, data, offset)
+
+    def sync(self, descriptor: int) -> None:
+        self.calls.append("sync")
+        super().sync(descriptor)
+
+
+def test_a_header_is_on_the_disk_before_anything_follows_it(tmp_path: Path) -> None:
+    disk = CountingDisk()
+    file = Appender(tmp_path / "journal-000001.log", header(1), disk)
+    assert disk.calls == ["write", "sync"]
+    assert [file.empty] == [True]
+    assert (file.kept, file.size) == (file.size, (tmp_path / "journal-000001.log").stat().st_size)
+    file.append([pack(batch(0))])
+    assert [file.empty] == [True], "what is not kept does not count"
+    file.kept = file.size
+    assert [file.empty] == [False]
+    file.close()
+    file.close()
+
+
+def test_a_disk_that_takes_nothing_and_says_no_error_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "journal-000001.log"
+    with pytest.raises(OSError, match="nothing was written"):
+        Appender(path, header(1), CountingDisk(takes_nothing=True))
+    assert not path.exists()
+
+
+def test_a_file_that_is_not_there_is_written_by_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "journal-000001.log"
+    assert being_written(path) is False
+    path.touch()
+    assert being_written(path) is False
+    file = Appender(tmp_path / "journal-000002.log", header(2), Disk())
+    assert being_written(file.path) is True
+    file.close()
+    assert being_written(file.path) is False
 
 
 def test_a_removed_directory_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,6 +217,23 @@ def test_what_is_held_is_taken_when_its_life_is_over(last: Entry) -> None:
     assert order.take(last, last) == [held, last]
 
 
+def test_what_is_held_of_a_life_waits_on_when_another_one_is_over() -> None:
+    """Another rank's, or another life's; and a hello that is told once more ends nothing."""
+    order: InOrder[Entry] = InOrder()
+    held = [Batch(rank, life, 2, 0, 1, b"") for rank in range(2) for life in (LIFE, "b" * 16)]
+    for one in held:
+        assert order.take(one, one) == []
+    mine, other_life, other_rank, other = held
+    ended = Ended(rank=0, life=LIFE, state="lost", ended_ns=0)
+    assert order.take(ended, ended) == [mine, ended]
+    again = arrived(life="b" * 16)
+    assert order.take(again, again) == [again]
+    new = arrived(rank=1, life="c" * 16)
+    assert order.take(new, new) == [other_rank, other, new]
+    assert order.rest() == [other_life]
+    assert order.rest() == []
+
+
 times = st.sampled_from([-2 * HOUR, -60 * 10**9, 0, 60 * 10**9, 2 * HOUR])
 
 
