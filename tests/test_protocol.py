@@ -15,7 +15,18 @@ from hypothesis import strategies as st
 
 from swanlab_ray.actors.wire import codec
 from swanlab_ray.actors.wire.codec import Undecodable, decode_batch, encode_batch
-from swanlab_ray.actors.wire.events import COMPLETIONS, SCALARS, SPANS, USER, Scalars
+from swanlab_ray.actors.wire.events import (
+    COMPLETIONS,
+    CONFIG,
+    OUTCOME,
+    PROGRESS,
+    SCALARS,
+    SPANS,
+    STACKS,
+    TOKENIZER,
+    USER,
+    Scalars,
+)
 from swanlab_ray.observer.encoding.numbers import encode, salvage
 
 
@@ -88,12 +99,24 @@ GOOD = encode((SCALARS, 1, 0, USER, {"x": 1.0}))
     ("event", "kind"),
     [
         ((99, 1, {"what": "a later version says"}), "an event of kind int 99"),
+        ((8, 1), "an event of kind int 8"),
+        ((-1, 1), "an event of kind int -1"),
+        ((True, 1), "an event of kind bool True"),
+        ((CONFIG, 7), "config"),
+        ((PROGRESS, "a"), "progress"),
+        ((OUTCOME, "won", None, 1), "outcome"),
+        ((TOKENIZER, 7), "tokenizer"),
+        ((STACKS, 1, 1, "", None, ["main"], []), "stacks"),
         ((SCALARS, 1, 0), "an event"),
         ((SCALARS, -1, 0, USER, {"x": 1.0}), "scalars"),
         ((SCALARS, 2**63, 0, USER, {"x": 1.0}), "scalars"),
         ((SCALARS, 1, 0, USER, ["x", 1.0]), "scalars"),
         ((SPANS, 0, 0, 0, ["name"], ["main"], [0], [7], [0], [0], [0], [], []), "spans"),
+        ((SPANS, 0, 0, 0, ["name"], ["main"], [0], [1], [0], [0], [0], [], []), "spans"),
+        ((SPANS, 0, 0, 0, ["name"], ["main"], [-1], [0], [0], [0], [0], [], []), "spans"),
         ((SPANS, 0, 0, 0, ["name"], ["main"], [0], [0], [0], [0, 1], [0], [], []), "spans"),
+        ((SPANS, 0, 0, 0, ["name"], ["main"], [0], [0], [0], [0], [0], [1, 2], []), "spans"),
+        ((SPANS, 0, 0, 0, ["name"], ["main"], [0], [0], [0], [0], [0], [], [1, 2]), "spans"),
         ((COMPLETIONS, 1, 0, "", "", 0, {"prompt": ["a", "b"], "completion": ["c"]}), "completions"),
         (7, "an event"),
     ],
@@ -103,7 +126,27 @@ def test_an_event_that_this_version_does_not_understand_costs_itself_only(event:
     events, rejected = decode_batch(encode_batch([GOOD, msgspec.msgpack.encode(event), GOOD]))
     assert [event.step for event in events if isinstance(event, Scalars)] == [1, 1]
     assert [(bad.key, bad.whole) for bad in rejected] == [(kind, True)]
-    assert rejected[0].sentence.endswith("installed on all machines?")
+    assert rejected[0].sentence.startswith(f"'{kind}' is not logged: ")
+    assert rejected[0].sentence.endswith("; is the same version of swanlab-ray installed on all machines?")
+    unknown = "this version of swanlab-ray does not know it"
+    assert (rejected[0].reason == unknown) == kind.startswith("an event of kind")
+
+
+def test_a_long_value_is_shown_by_its_beginning() -> None:
+    _, rejected = through({"fits": "x" * 38, "does not": "x" * 39})
+    assert rejected == {
+        "fits": f"str '{'x' * 38}' is not a number",
+        "does not": f"str '{'x' * 36}... is not a number",
+    }
+
+
+def test_a_batch_is_compressed_where_that_pays() -> None:
+    small = encode((SCALARS, 1, 0, USER, {"x" * (codec.COMPRESS_BYTES - 30): 1.0}))
+    assert not encode_batch([small]).startswith(zstandard.FRAME_HEADER)
+    large = encode_batch([small] * 2)
+    assert large.startswith(zstandard.FRAME_HEADER)
+    assert len(large) < len(small)
+    assert len(decode_batch(large)[0]) == 2
 
 
 def test_a_name_that_is_no_text_costs_its_event_only() -> None:
