@@ -177,12 +177,15 @@ def test_many_ranks_that_are_gone_are_one_message(kept: Kept) -> None:
 
 def test_a_sustained_straggler_and_what_ails_the_observer(kept: Kept) -> None:
     told = notifications(kept, posted=["start"])
-    told.look(status(straggler=str(Straggler(1, "data", 0.3))), 0.0)
-    told.look(status(straggler=str(Straggler(0, "data", 0.3))), STRAGGLER_S - 1)
-    told.look(status(straggler=str(Straggler(1, "data", 0.4))), STRAGGLER_S + 1)
+    told.look(status(straggler=str(Straggler(1, "data", 0.3)), step=5), 0.0)
+    told.look(status(straggler=str(Straggler(0, "data", 0.3)), step=6), STRAGGLER_S - 1)
+    told.look(status(straggler=str(Straggler(1, "data", 0.4)), step=7), STRAGGLER_S + 1)
     assert kept.messages == []
-    told.look(status(straggler=str(Straggler(1, "data", 0.5))), 2 * STRAGGLER_S + 2)
-    told.look(status(straggler=str(Straggler(1, "data", 0.6))), 2 * STRAGGLER_S + 3)
+    for step in range(8, 20):
+        told.look(status(straggler=str(Straggler(1, "data", 0.5)), step=step), STRAGGLER_S + 1 + 5 * (step - 7))
+    assert kept.messages == []  # a minute it is now, and no more
+    told.look(status(straggler=str(Straggler(1, "data", 0.5)), step=20), 2 * STRAGGLER_S + 2)
+    told.look(status(straggler=str(Straggler(1, "data", 0.6)), step=21), 2 * STRAGGLER_S + 3)
     told.look(
         status(notices=["The journal cannot be written.", "Lark refuses a notification: x."], dropped=9, killed=9),
         500.0,
@@ -197,6 +200,18 @@ def test_a_sustained_straggler_and_what_ails_the_observer(kept: Kept) -> None:
     assert "rank 1, data" in kept.messages[0].text.en
     assert kept.messages[1].text is not None
     assert kept.messages[1].text.en == "The journal cannot be written."
+
+
+def test_whom_they_waited_for_last_before_an_evaluation_does_not_slow_them_down(kept: Kept) -> None:
+    """While no step is made, what was found in the last ones still stands there."""
+    told, slow = notifications(kept, posted=["start"]), str(Straggler(1, "data", 0.2))
+    for second in range(0, 600, 5):
+        told.look(status(straggler=slow), second)
+    told.look(status(straggler=slow, step=6), 600)
+    told.look(status(straggler=slow, step=7), 1200)
+    assert kept.messages == []
+    told.look(status(straggler=slow, step=8), 1800)  # three steps of ten minutes, and for each they waited
+    assert kept.titles() == ["One rank slows down the others"]
 
 
 def test_an_alert_is_a_card_and_a_notice(kept: Kept) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from swanlab_ray.actors.notify.cards import Message, Words, same
 from swanlab_ray.actors.notify.outbox import Mailbox
@@ -16,7 +17,9 @@ START_PATIENCE_S = 60.0
 GONE_GRACE_S = 20.0
 """How long a rank is gone before that is told: mostly the run ends with it, and one message is enough."""
 STRAGGLER_S = 60.0
-"""How long the others must have waited for the same rank in the same phase."""
+"""For how long of their steps the others must have waited for the same rank in the same phase."""
+LONGEST_STEP_S = STRAGGLER_S / 2
+"""What of the time to the next step counts at the most: it may have been that of an evaluation or of a checkpoint."""
 
 RESTARTED = "The training was started again,"
 MOVES_AGAIN = "Ranks make steps again"
@@ -45,6 +48,18 @@ _LEFT = Words("Time left", "剩余时间")
 _TOOK = Words("Duration", "用时")
 _WHERE = Words("Where it lies", "保存位置")
 _UPLOAD = Words("Upload it with", "上传命令")
+
+
+@dataclass
+class _Straggler:
+    """The rank that the others wait for, and the phase."""
+
+    who: str
+    step: int | None
+    at: float
+    """When that step was seen first."""
+    seconds: float = 0.0
+    """Of steps in which they have waited for it."""
 
 
 class Notifications:
@@ -79,7 +94,7 @@ class Notifications:
         self._gone: dict[int, float] = {}  # since when, for ranks of which nobody was told
         self._told_gone: set[int] = set()
         self._losses: int | None = None
-        self._straggler: tuple[str, float] | None = None
+        self._straggler: _Straggler | None = None
 
     def look(self, status: WriterStatus, now: float) -> None:
         """See what is new; ``now`` in Unix seconds."""
@@ -190,11 +205,15 @@ class Notifications:
 
     def _tell_straggler(self, status: WriterStatus, now: float) -> None:
         who = (status.straggler or "").partition(" (")[0]  # without its share, which changes all the time
+        known = self._straggler
         if not who:
             self._straggler = None
-        elif self._straggler is None or self._straggler[0] != who:
-            self._straggler = who, now
-        elif now - self._straggler[1] > STRAGGLER_S:
+        elif known is None or known.who != who:
+            self._straggler = _Straggler(who, status.step, now)
+        elif status.step != known.step:  # until then nothing says that they still wait
+            known.seconds += min(now - known.at, LONGEST_STEP_S)
+            known.step, known.at = status.step, now
+        if self._straggler is not None and self._straggler.seconds > STRAGGLER_S:
             text = Words(
                 f"The other ranks have been waiting for {status.straggler} for {duration(STRAGGLER_S)}.",
                 f"其他进程一直在等待 {status.straggler}，已达 {duration(STRAGGLER_S)}。",
