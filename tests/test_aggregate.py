@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from swanlab_ray.actors.reduction import aggregate
 from swanlab_ray.actors.reduction import over_ranks as over_ranks_module
+from swanlab_ray.actors.reduction import written as written_module
 from swanlab_ray.actors.reduction.aggregate import DEADLINE_S, Aggregator
+from swanlab_ray.actors.reduction.written import NOBODY, Group
 from swanlab_ray.actors.wire.events import JOB, RANK, USER, Scalars
 
 
@@ -183,6 +185,176 @@ def test_nan_of_one_rank_does_not_hide_the_others() -> None:
 
 def test_argmax_of_equals_is_the_lowest_rank() -> None:
     assert over_ranks(2.0, 2.0)["argmax"] == 0.0
+
+
+# A rank that goes back.
+
+
+def test_what_waits_when_a_rank_goes_back_is_replaced_and_not_passed() -> None:
+    written = Written(world=2)
+    for rank in range(2):
+        written.log(rank, 0, x=0.0)
+    written.log(0, 5, x=1.0)
+    written.log(0, 9, x=1.0)
+    written.log(1, 9, x=1.0)
+    written.aggregator.rewind(0, 5)
+    written.aggregator.tick(0.0)
+    assert 5 not in written.values["x"], "it comes again"
+    written.log(0, 5, x=3.0)
+    assert (written.aggregator.replaced, written.aggregator.repeated) == (1, 0)
+    written.log(0, 5, x=4.0)
+    assert (written.aggregator.replaced, written.aggregator.repeated) == (1, 1)
+    written.log(1, 5, x=5.0)
+    assert written.values["x"][5] == 4.0
+
+
+def test_a_rank_that_went_back_passes_no_step_that_it_has_not_run_again() -> None:
+    written = Written(world=2)
+    for rank in range(2):
+        written.log(rank, 0, x=0.0)
+    written.log(1, 4, x=0.0)
+    written.log(1, 5, x=0.0)
+    written.log(0, 9, x=0.0)
+    written.aggregator.passed(1, 9)
+    written.aggregator.rewind(0, 5)
+    written.aggregator.tick(0.0)
+    assert written.values["x"].keys() == {0}, "rank 0 is at the end of step 4"
+    written.log(0, 6, x=0.0)
+    written.aggregator.tick(0.0)
+    assert written.values["x"].keys() == {0, 4, 5}
+
+
+def test_values_written_again_are_of_all_ranks_that_ran_the_step_again() -> None:
+    """Names that only one of them logs again leave the others as they were."""
+    again: list[tuple[int, dict[str, float]]] = []
+    written = Written(world=2)
+    written.aggregator._emit_again = lambda step, time_ns, values: again.append((step, values))
+    for rank in range(2):
+        written.log(rank, 3, x=float(rank), y=float(rank))
+    for rank in range(2):
+        written.aggregator.rewind(rank, 3)
+    assert again == []
+    written.log(0, 3, x=10.0)
+    assert again == [], "rank 1 runs it again too"
+    written.log(1, 3, x=20.0)
+    ((step, values),) = again
+    assert (step, values["x"], values["ranks/x/argmax"]) == (3, 15.0, 1.0)
+    assert not any("y" in name.split("/") for name in values)
+    written.log(0, 3, x=99.0)
+    assert len(again) == 1
+    assert (written.aggregator.repeated, written.aggregator.late) == (1, 0)
+
+
+# The view over ranks of what is measured, beside what the user logs under the same name.
+
+
+def test_a_measurement_and_the_user_s_value_of_one_name_share_no_series() -> None:
+    """From the first measurement on the view over ranks is its own; before it was the user's."""
+    written = Written(world=2)
+    for step, scopes in ((1, (USER,)), (2, (RANK, USER)), (3, (USER, RANK))):
+        for scope in scopes:
+            for rank in range(2):
+                written.log(rank, step, scope=scope, loss=float(rank + (10 if scope == RANK else 100)))
+    assert written.values["loss"] == {1: 100.5, 2: 100.5, 3: 100.5}
+    assert written.values["ranks/loss/mean"] == {1: 100.5, 2: 10.5, 3: 10.5}
+    assert written.values["ranks/loss/min"] == {1: 100.0, 2: 10.0, 3: 10.0}
+    assert written.values["rank/1/loss"] == {1: 101.0, 2: 11.0, 3: 11.0}
+
+
+# Who is told of what.
+
+
+def test_nan_is_told_once_for_a_name_and_step_with_the_lowest_rank_that_has_it() -> None:
+    told: list[tuple[int, str, int, int, float]] = []
+    aggregator = Aggregator(lambda *row: None, 16, on_nonfinite=lambda *what: told.append(what))
+    aggregator.set_ranks({0, 1, 2}, 0)
+    for rank, value in enumerate((1.0, math.inf, math.nan)):
+        aggregator.add(rank, Scalars(1, 100 + rank, USER, {"x": value, "y": 1.0}), 0.0)
+    for rank, value in enumerate((1.0, 2.0, -math.inf)):  # in calls of their own
+        aggregator.add(rank, Scalars(2, 200 + rank, USER, {"x": value}), 0.0)
+        aggregator.add(rank, Scalars(2, 200 + rank, USER, {"y": value}), 0.0)
+    aggregator.flush()
+    assert told == [(1, "x", 1, 101, math.inf), (2, "x", 2, 202, -math.inf), (2, "y", 2, 202, -math.inf)]
+
+
+def test_a_repeated_value_is_told_with_its_rank_name_and_step() -> None:
+    told: list[tuple[int, str, int]] = []
+    aggregator = Aggregator(lambda *row: None, 16, on_repeated=lambda *what: told.append(what))
+    aggregator.set_ranks({0}, 0)
+    for value in range(3):
+        aggregator.add(0, Scalars(7, 1, USER, {"x": float(value), "y": 1.0}), 0.0)
+    assert told == [(0, name, 7) for _ in range(2) for name in "xy"]
+
+
+# What is remembered of what was written.
+
+
+def test_of_steps_that_are_forgotten_only_the_first_value_of_a_rank_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(written_module, "STEPS_KEPT", 2)
+    remembered = written_module.Written()
+    for step in (1, 2, 3):
+        remembered.add(step, frozenset("ab"), Group(frozenset({0}), NOBODY))
+    assert [remembered.forgotten(step, "a") for step in (0, 1, 2, 3)] == [True, True, False, False]
+    assert not remembered.forgotten(1, "c")
+    assert (remembered.floor, remembered.certain, remembered.lowered) == (2, 2, 0)
+    assert remembered.find(1, "a") is None
+    assert remembered.find(2, "a") == Group(frozenset({0}), NOBODY)
+    assert remembered.find(2, "c") is None
+    assert not remembered.first_below(0, 1, "a"), "rank 0 had logged up to there"
+    assert not remembered.first_below(0, 0, "a")
+    assert remembered.first_below(1, 0, "a")
+    assert not remembered.first_below(1, 0, "a")
+    assert remembered.first_below(1, 0, "b")
+    assert remembered.first_below(1, 1, "a")
+    assert not remembered.first_below(1, 1, "a")
+    assert not remembered.first_below(1, 0, "c"), "it is beyond that"
+    assert remembered.holds(0, 2, "ab")
+    assert not remembered.holds(1, 2, "ab")
+    assert remembered.holds(1, 1, "ab"), "it may be"
+
+
+def test_names_are_forgotten_by_their_number_but_never_the_highest_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(written_module, "NAMES_KEPT", 10)
+    remembered = written_module.Written()
+    for step in (5, 1, 9):
+        remembered.add(step, frozenset(f"{step}/{n}" for n in range(5)), Group(frozenset({0}), NOBODY))
+    assert (remembered.at(1), remembered._names) == (None, 10)
+    assert remembered.at(5) is not None
+    remembered.add(9, frozenset(f"more/{n}" for n in range(20)), Group(frozenset({0}), NOBODY))
+    assert (remembered.at(5), remembered._names) == (None, 25)
+    assert remembered.floor == 6
+
+
+def test_names_of_a_step_part_when_some_are_reopened_or_joined() -> None:
+    remembered = written_module.Written()
+    remembered.add(1, frozenset("abc"), Group(frozenset({0, 1}), NOBODY))
+    remembered.join(2, 1, frozenset("ax"))
+    assert remembered.find(1, "a") == Group(frozenset({0, 1, 2}), NOBODY)
+    assert remembered.find(1, "b") == remembered.find(1, "c") == Group(frozenset({0, 1}), NOBODY)
+    remembered.reopen(1, "b")
+    assert remembered.find(1, "b") is None
+    assert remembered.find(1, "c") == Group(frozenset({0, 1}), NOBODY)
+    assert remembered._names == 2
+    remembered.rewind(0, 1)
+    assert remembered.find(1, "a") == Group(frozenset({1, 2}), frozenset({0}))
+    assert remembered.find(1, "c") == Group(frozenset({1}), frozenset({0}))
+    remembered.rewind(1, 2)
+    assert remembered.find(1, "c") == Group(frozenset({1}), frozenset({0}))
+
+
+def test_who_goes_back_beyond_what_is_remembered_may_write_all_of_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(written_module, "STEPS_KEPT", 2)
+    remembered = written_module.Written()
+    for step in range(10):
+        remembered.add(step, frozenset("a"), Group(frozenset({0}), NOBODY))
+    assert (remembered.floor, remembered.certain) == (8, 8)
+    remembered.rewind(0, 8)
+    assert (remembered.floor, remembered.lowered, remembered.certain) == (8, 0, 8)
+    remembered.rewind(0, 4)
+    assert (remembered.floor, remembered.lowered, remembered.certain) == (4, 8, 8)
+    assert [remembered.forgotten(step, "a") for step in (3, 4)] == [True, False]
+    remembered.rewind(0, 6)
+    assert (remembered.floor, remembered.lowered) == (4, 8)
 
 
 OPERATIONS = st.one_of(

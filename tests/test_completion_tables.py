@@ -133,6 +133,47 @@ def test_rows_that_come_after_their_table_get_one_of_their_own() -> None:
     assert made.at == [5, 6]
 
 
+def test_a_late_row_never_gets_the_step_of_a_table_that_was_there() -> None:
+    """SwanLab keeps the first table of a step. A training that went back may write its own anew, and no earlier one."""
+    made = Buffer(100, interval=1, ranks=2)
+    for step in range(1, 11):
+        for number in range(2):
+            made.add(number, step)
+            made.buffer.passed(number, step)
+        made.buffer.tick(float(step))
+    assert made.at == list(range(1, 11))
+    made.buffer.rewind(0, 5)
+    made.add(1, 3)
+    made.buffer.flush()
+    assert made.at == [*range(1, 11), 5]
+    assert made.steps()[-1] == [(3, 1)]
+
+
+def test_patience_begins_when_a_row_comes_or_the_table_before_it_is_gone() -> None:
+    made = Buffer(100, interval=10, ranks=2)
+    made.now = 50.0
+    assert [made.buffer.waiting] == [False]
+    made.add(0, 1)
+    assert [made.buffer.waiting, made.buffer.due] == [True, True]
+    made.buffer.tick(50.0 + PATIENCE_S)
+    assert made.tables == []
+    made.buffer.tick(50.1 + PATIENCE_S)
+    assert made.steps() == [[(1, 0)]]
+    assert [made.buffer.waiting, made.buffer.due] == [False, False]
+    made.now = 100.0
+    made.add(0, 5)
+    assert [made.buffer.waiting, made.buffer.due] == [True, False]
+    made.now = 200.0
+    made.add(0, 11)
+    made.now = 205.0
+    made.buffer.rewind(1, 11)  # that of another rank: what is due is due from the latest row on
+    made.buffer.tick(200.0 + PATIENCE_S)
+    assert len(made.tables) == 1
+    made.buffer.tick(200.1 + PATIENCE_S)
+    assert made.steps()[1:] == [[(5, 0), (11, 0)]]
+    assert [made.buffer.waiting, made.buffer.due] == [False, False]
+
+
 def test_many_ranks_share_a_small_table() -> None:
     made = Buffer(128, interval=100, ranks=1024)
     for number in range(1024):
@@ -203,6 +244,28 @@ def test_texts_stay_within_what_a_step_can_hold() -> None:
     assert len(texts) <= MEDIA_ITEMS
     assert all(f"text: t{number}" in "\n".join(text.content for text in texts) for number in range(300))
     assert readable(["a", "b", "c"], [0.123456789, None, "x\x1by"]) == "a: 0.123457\nc: x␛y"
+
+
+def test_columns_of_every_algorithm_stand_in_one_order() -> None:
+    """Prompt and texts first, then what was made of them; a user's own columns follow as they came."""
+    known = ["prompt", "completion", "chosen", "rejected", "label", "reward", "reward_chosen", "reward_rejected"]
+    known += ["reward_diff", "advantage", "log_odds_ratio", "logp_diff", "logp_chosen", "logp_rejected"]
+    cells: dict[str, Any] = {"own": 0, **{name: at for at, name in reversed(list(enumerate(known, 1)))}, "b": 15}
+    made = table([CompletionRow(3, 1, 0, "dpo", "", cells)], Decoder().text, 100)
+    assert made.headers == ["step", "rank", *known, "own", "b"]
+    assert made.rows == [[3, 1, *range(1, 15), 0, 15]]
+
+
+def test_token_ids_are_text_with_its_special_tokens() -> None:
+    from tokenizers import Tokenizer as Real
+    from tokenizers.models import WordLevel
+
+    real = Real(WordLevel({"hello": 0, "world": 1, "<s>": 2}, unk_token="<s>"))
+    real.add_special_tokens(["<s>"])
+    decoder = Decoder(pytest.fail)
+    decoder.learn(Tokenizer("real", real.to_str().encode()))
+    assert decoder.text(np.array([2, 0, 1, 2], "<i4").tobytes(), "real") == "<s> hello world <s>"
+    assert decoder.text("as it is", "real") == "as it is"
 
 
 def test_token_ids_without_their_tokenizer_are_shown_as_numbers() -> None:
