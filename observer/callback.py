@@ -22,6 +22,7 @@ from swanlab_ray.observer.script.notices import logger
 from swanlab_ray.observer.script.wrapping import Wrapped
 from swanlab_ray.observer.session import connect, current
 from swanlab_ray.observer.timing.phases import Phases
+from swanlab_ray.observer.trainers.internals import has_callback
 from swanlab_ray.observer.trainers.own_loss import OwnLoss
 from swanlab_ray.observer.trainers.run_config import LONGEST_REASON, run_config
 
@@ -291,11 +292,9 @@ class ObserverCallback(TrainerCallback):
         frame: Any = sys._getframe(1)
         while frame is not None:
             candidate = frame.f_locals.get("self")
-            if issubclass(type(candidate), Trainer):  # not isinstance, which asks the object
-                handler = getattr(candidate, "callback_handler", None)
-                if handler is not None and any(callback is self for callback in handler.callbacks):
-                    self.attach(candidate)
-                    return
+            if issubclass(type(candidate), Trainer) and has_callback(candidate, self):  # isinstance asks the object
+                self.attach(candidate)
+                return
             frame = frame.f_back
 
     def _take_loss(self) -> Any:

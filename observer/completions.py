@@ -25,11 +25,9 @@ from swanlab_ray.observer.script.notices import logger, warn_once
 from swanlab_ray.observer.script.wrapping import Wrapped
 from swanlab_ray.observer.session import current
 from swanlab_ray.observer.trainers.algorithms import class_name, detect, of_a_framework
-from swanlab_ray.observer.trainers.rows import Snapshot, Unknown, duels, generated, judged, pairs
-
-_MARK = "chosen_rewards"
-"""The variable by which the function that computes the metrics is known."""
-_GATHERS = ("gather", "gather_for_metrics")
+from swanlab_ray.observer.trainers.internals import GATHERS, LOSS
+from swanlab_ray.observer.trainers.rows import Snapshot, duels, generated, judged, pairs
+from swanlab_ray.observer.trainers.trl_internals import GENERATION, MARK, METRICS, WATCHED, Unknown
 
 
 def attach(trainer: Any, observer: Observer | None = None) -> CompletionCapture | None:
@@ -101,12 +99,8 @@ class CompletionCapture:
         self._missed = 0  # rows of steps that were due while the flusher was behind
         self._texts = _Texts(trainer, observer)
         self._watched: Callable[..., Any] | None = None
-        around: dict[str, tuple[str, Callable[..., Any]]] = {
-            "grpo": ("_generate_and_score_completions", self._around_generation),
-            "rloo": ("_generate_and_score_completions", self._around_generation),
-            "online_dpo": ("training_step", self._around_loss),
-        }
-        self._method, wrap = around.get(algorithm, ("compute_loss", self._around_loss))
+        self._method = WATCHED.get(algorithm, LOSS)
+        wrap = self._around_generation if self._method == GENERATION else self._around_loss
         if not hasattr(trainer, self._method):
             self._fail(Unknown(f"no method {self._method}"))
             return
@@ -175,7 +169,7 @@ class CompletionCapture:
     def _snapshot(self, inputs: Mapping[str, Any], tap: _Tap) -> Snapshot:
         values = tap.values()
         if not values:
-            raise Unknown(f"no variable {_MARK}")
+            raise Unknown(f"no variable {MARK}")
         if self.algorithm == "online_dpo":
             return duels(values, self._rows)
         if self.algorithm == "kto":
@@ -239,15 +233,15 @@ class _Tap:
     def __init__(self, trainer: Any) -> None:
         self._trainer = vars(trainer)
         self._own = vars(trainer.accelerator)
-        self._before = {name: self._own[name] for name in _GATHERS if name in self._own}
+        self._before = {name: self._own[name] for name in GATHERS if name in self._own}
         self._frame: FrameType | None = None
-        self._own.update({name: self._shown(getattr(trainer.accelerator, name)) for name in _GATHERS})
-        self._metrics: Any = self._trainer.get("_metrics")
+        self._own.update({name: self._shown(getattr(trainer.accelerator, name)) for name in GATHERS})
+        self._metrics: Any = self._trainer.get(METRICS)
         if type(self._metrics) is dict:  # a framework's subclass may gather nothing
-            self._trainer["_metrics"] = _Shown(self._metrics, self._look)
+            self._trainer[METRICS] = _Shown(self._metrics, self._look)
 
     def _look(self, frame: FrameType) -> None:
-        if frame is not self._frame and _MARK in frame.f_code.co_varnames:
+        if frame is not self._frame and MARK in frame.f_code.co_varnames:
             self._frame = frame
 
     def _shown(self, gather: Callable[..., Any]) -> Callable[..., Any]:
@@ -264,13 +258,13 @@ class _Tap:
     def remove(self) -> None:
         """Let go of trainer, accelerator and variables: the batch's logits must be gone before the backward pass."""
         self._frame = None
-        for name in _GATHERS:
+        for name in GATHERS:
             self._own.pop(name, None)
         self._own.update(self._before)
-        shown = self._trainer.get("_metrics")
+        shown = self._trainer.get(METRICS)
         if isinstance(shown, _Shown):
             self._metrics.update(shown)
-            self._trainer["_metrics"] = self._metrics
+            self._trainer[METRICS] = self._metrics
 
 
 class _Shown(dict[Any, Any]):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import sys
 import threading
 from dataclasses import replace
 from typing import Any
@@ -17,6 +15,7 @@ from swanlab_ray.observer.job.identity import (
 )
 from swanlab_ray.observer.job.which_run import forget_runs, warn_of_joining, which_run
 from swanlab_ray.observer.observer import Observer
+from swanlab_ray.observer.ray_cluster import patches
 from swanlab_ray.observer.script import workers
 from swanlab_ray.observer.script.notices import say_again, warn_once
 from swanlab_ray.observer.timing import spans
@@ -134,10 +133,7 @@ def _after_fork() -> None:
     workers.after_fork()
     if observer is not None and not isinstance(observer, DisabledObserver):
         observer._forked()
-        # It may be half imported. Not ray.shutdown, which is ours perhaps (see sharing) and is not what Ray registered.
-        shutdown = getattr(sys.modules.get("ray._private.worker"), "shutdown", None)
-        if shutdown is not None:
-            atexit.unregister(shutdown)  # it would wait for threads that only the parent has
+        patches.forget_exit_handler()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -76,7 +76,7 @@ _CLUSTER = """
 import ray, sys, time
 from pathlib import Path
 from swanlab_ray.actors.wire.locks import nobody_holds
-from swanlab_ray.observer.ray_cluster.keeper import be_patient, leave_out_what_idles
+from swanlab_ray.observer.ray_cluster.patches import be_patient, leave_out_what_idles
 directory = Path(sys.argv[1])
 be_patient()
 leave_out_what_idles(dashboard=True)
@@ -95,10 +95,10 @@ while not nobody_holds(str(directory / "used")):
 
 
 SLOW = {
-    *("test_callback", "test_cli", "test_cloud", "test_completions", "test_demo", "test_examples", "test_exactly_once"),
-    *("test_exported_members", "test_guards", "test_hangs", "test_kill9", "test_phases", "test_plugin"),
-    *("test_power_loss", "test_private", "test_rlhf", "test_secrets", "test_sharing", "test_torchrun", "test_tracker"),
-    *("test_wheel", "test_workers"),
+    *("test_callback", "test_cli", "test_cloud", "test_completions", "test_contracts", "test_demo", "test_examples"),
+    *("test_exactly_once", "test_exported_members", "test_guards", "test_hangs", "test_kill9", "test_phases"),
+    *("test_plugin", "test_power_loss", "test_private", "test_rlhf", "test_secrets", "test_sharing", "test_torchrun"),
+    *("test_tracker", "test_wheel", "test_workers"),
 }
 """Files that ``--quick`` does not even import: they train, start processes, or try thousands of cases."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from swanlab_ray.observer.history import archive
-from swanlab_ray.observer.ray_cluster import keeper
+from swanlab_ray.observer.ray_cluster import ports as ports_here
 from tests.conftest import Launch, SharedCluster, environment, run_forked
 from tests.swanlab_file import ended_run, only_run
 
@@ -62,10 +62,10 @@ def test_ports_of_ray_s_agents_are_nobody_else_s(
     ephemeral: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "range"
-    monkeypatch.setattr(keeper, "EPHEMERAL", file)
+    monkeypatch.setattr(ports_here, "EPHEMERAL", file)
     if ephemeral is not None:
         file.write_text(ephemeral)
-    ports = keeper._free_ports(4)
+    ports = ports_here.free_ports(4)
     assert len(set(ports)) == 4
     if ephemeral == "32768 60999":
         assert not any(29_400 <= port < 29_600 or 32_768 <= port <= 60_999 for port in ports)

@@ -145,7 +145,7 @@ NODE_LOST = """
     from swanlab_ray.actors.writer.actor import Writer
     from swanlab_ray.actors.writer.handle import GROUPS
     from swanlab_ray.observer import connect
-    from swanlab_ray.observer.ray_cluster.keeper import be_patient
+    from swanlab_ray.observer.ray_cluster.patches import be_patient
 
     be_patient()
     small = dict(num_cpus=1, object_store_memory=80 << 20)

@@ -16,7 +16,7 @@ from swanlab_ray.observer import Observer, ObserverCallback, ObserverSettings
 from swanlab_ray.observer import callback as callback_module
 from swanlab_ray.observer.profiling import DEFAULT_PROFILING_CONFIG, swanlab_profile
 from swanlab_ray.observer.timing import spans as spans_module
-from swanlab_ray.observer.timing.phases import PHASES
+from swanlab_ray.observer.trainers.trl_internals import PHASES
 from tests import rlhf, tiny
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 

@@ -491,7 +491,7 @@ if __name__ == "__main__":
     import os
     from axolotl.cli.train import do_cli
     from ray.cluster_utils import Cluster
-    from swanlab_ray.observer.ray_cluster.keeper import be_patient, leave_out_what_idles
+    from swanlab_ray.observer.ray_cluster.patches import be_patient, leave_out_what_idles
 
     be_patient()
     leave_out_what_idles(dashboard=False)

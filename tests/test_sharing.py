@@ -17,8 +17,7 @@ import pytest
 
 from swanlab_ray.actors.writer.actor import RunEnded
 from swanlab_ray.observer import session
-from swanlab_ray.observer.ray_cluster import finding as cluster
-from swanlab_ray.observer.ray_cluster import guards, sharing
+from swanlab_ray.observer.ray_cluster import patches, sharing
 from swanlab_ray.observer.transport import link
 from tests.conftest import Launch
 
@@ -229,7 +228,7 @@ def test_a_cluster_inside_one_rank_is_no_place_for_the_others(
     listed = [{"DriverPid": pids[who], "IsDead": dead} for who, dead in jobs]
     monkeypatch.setattr(worker, "_global_node", SimpleNamespace(head=head))
     monkeypatch.setattr(state, "jobs", lambda: listed)
-    assert cluster._is_inside_alone() is alone
+    assert patches.is_inside_alone() is alone
 
 
 def test_a_raylet_that_does_not_listen_is_not_joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -244,15 +243,15 @@ def test_a_raylet_that_does_not_listen_is_not_joined(monkeypatch: pytest.MonkeyP
         return node
 
     monkeypatch.setattr(services, "get_node_to_connect_for_driver", choose)
-    before = choose, getattr(ray_constants, guards.UV_HOOK), worker.listen_error_messages
-    with guards.joining():
-        assert not getattr(ray_constants, guards.UV_HOOK)
-        with pytest.raises(guards.RayletGone, match="has ended or lost its socket"):
+    before = choose, getattr(ray_constants, patches.UV_HOOK), worker.listen_error_messages
+    with patches.joining():
+        assert not getattr(ray_constants, patches.UV_HOOK)
+        with pytest.raises(patches.RayletGone, match="has ended or lost its socket"):
             services.get_node_to_connect_for_driver(None)
-    assert asked == [guards.LOCAL_NODE_S]
+    assert asked == [patches.LOCAL_NODE_S]
     after = (
         services.get_node_to_connect_for_driver,
-        getattr(ray_constants, guards.UV_HOOK),
+        getattr(ray_constants, patches.UV_HOOK),
         worker.listen_error_messages,
     )
     assert after == before
@@ -327,7 +326,7 @@ def test_a_script_that_uses_ray_after_connect_has_its_own(launch: Launch) -> Non
                 return int(ray.cluster_resources()["CPU"])
 
             assert not ray.is_initialized()
-            from swanlab_ray.observer.ray_cluster.keeper import be_patient, leave_out_what_idles
+            from swanlab_ray.observer.ray_cluster.patches import be_patient, leave_out_what_idles
             be_patient()  # this machine may need longer to start a node than Ray waits
             leave_out_what_idles(dashboard=False)
             ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
@@ -352,7 +351,7 @@ def test_a_standard_error_without_a_descriptor_is_no_matter_for_joining(
     enabled = faulthandler.enable
     with pytest.raises((AttributeError, RuntimeError)):
         enabled()
-    with guards.joining():
+    with patches.joining():
         faulthandler.enable(all_threads=False)
     assert faulthandler.enable is enabled
 

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
 from swanlab_ray.actors.wire.naming import RUN_ID_CHARACTERS, is_run_id, run_id_of, slug
 from swanlab_ray.observer.job.launchers import detail, is_set, place_of, whole
+from swanlab_ray.observer.ray_cluster import patches
 from swanlab_ray.observer.script.notices import warn_once
+from swanlab_ray.observer.trainers.internals import default_store
 
 STORE_TIMEOUT_S = 60.0
 """How long a store is waited for that the ranks agree through; then it is tried again."""
@@ -99,7 +101,7 @@ def _identity_in_group(rank: int, size: int, env: Mapping[str, str]) -> Identity
 
 def _meets_on_this_machine(env: Mapping[str, str]) -> bool:
     """Whether the processes of torch.distributed found each other by an address or a file that only this one has."""
-    store = _default_store()
+    store = default_store()
     while (inner := getattr(store, "underlying_store", None)) is not None:
         store = inner
     host = getattr(store, "host", None) or env.get("MASTER_ADDR", "")
@@ -140,7 +142,7 @@ def check_run_id(settings: ObserverSettings, identity: Identity, env: Mapping[st
     """
     if settings.run_id or identity.world_size == 1 or _ray_train_context() or _agent_store_address(env):
         return
-    if scheduler_step(identity, env) or _default_store() is not None:
+    if scheduler_step(identity, env) or default_store() is not None:
         return
     raise SettingsError(
         f"Cannot tell this job of {identity.world_size} processes from others on the cluster: set OBSERVER_RUN_ID to "
@@ -179,7 +181,7 @@ def _job(settings: ObserverSettings, identity: Identity, env: Mapping[str, str])
     if step is not None:
         # Programs of one process are told apart by their directory as well: an id means one experiment in the cloud.
         return step if identity.world_size > 1 else run_id_of(f"{step}-{_short_hash(str(settings.log_dir))}")
-    store = _default_store()
+    store = default_store()
     return None if store is None else _agree(store, fresh_run_id())
 
 
@@ -199,13 +201,8 @@ def scheduler_step(identity: Identity, env: Mapping[str, str] = os.environ) -> s
 def most_restarts(env: Mapping[str, str] = os.environ) -> int:
     """How often the launcher starts this job again after failures, in all."""
     if _ray_train_context() is not None:
-        try:
-            from ray.train.v2._internal.execution.context import get_train_context
-
-            most = int(get_train_context().train_run_context.run_config.failure_config.max_failures)
-            return most if 0 <= most < sys.maxsize else sys.maxsize
-        except Exception:
-            return 0  # another Ray
+        most = patches.train_failures() or 0
+        return most if 0 <= most < sys.maxsize else sys.maxsize
     return _count(env, "TORCHELASTIC_MAX_RESTARTS")
 
 
@@ -294,16 +291,12 @@ def trial_of_tune() -> str | None:
 
 def _ray_train_run_id(context: Any) -> str:
     name = slug(context.get_experiment_name() or "") or "ray-train"
-    try:
-        # Unique to this run of the trainer and the same in its retries; the name may be used again tomorrow.
-        from ray.train.v2._internal.execution.context import get_train_context
-
-        unique = get_train_context().train_run_context.run_id[:8]
-    except Exception:
+    unique = patches.train_run_id()
+    if unique is None:
         import ray
 
         unique = ray.get_runtime_context().get_job_id()
-    return run_id_of(f"{name[:46]}-{unique}")
+    return run_id_of(f"{name[:46]}-{unique[:8]}")
 
 
 def _agent_store_address(env: Mapping[str, str]) -> tuple[str, int] | None:
@@ -319,16 +312,6 @@ def _agent_store(host: str, port: int, **options: Any) -> Any:
 
     # Not counted among the workers that the server waits for.
     return TCPStore(host, port, is_master=False, wait_for_workers=False, **options)
-
-
-def _default_store() -> Any:
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return None
-    try:
-        return distributed.distributed_c10d._get_default_store()
-    except Exception:
-        return None
 
 
 def _agree(store: Any, proposal: str) -> str:

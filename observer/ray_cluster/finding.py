@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from swanlab_ray.actors.wire.messages import NAMESPACE
-from swanlab_ray.observer.ray_cluster import directories, sharing
+from swanlab_ray.observer.ray_cluster import directories, patches, sharing
 from swanlab_ray.observer.ray_cluster.addresses import NoCluster as NoCluster
 from swanlab_ray.observer.ray_cluster.addresses import answers as _answers
 from swanlab_ray.observer.ray_cluster.addresses import names_no_cluster, noted_on_this_machine, speech
 from swanlab_ray.observer.ray_cluster.guards import (
-    RayletGone,
-    joining,
     occupy_standard_descriptors,
     process_unchanged,
     set_environment,
@@ -112,7 +110,7 @@ def _scripts_own(ranks: int) -> Cluster | None:
     if initialised is None or not initialised():
         return None
     with sharing.using_ray():
-        if ranks > 1 and _is_inside_alone():
+        if ranks > 1 and patches.is_inside_alone():
             raise NoCluster(
                 f"This rank's script has started a Ray cluster inside its process, where the other {ranks - 1} do not "
                 "report: give ray.init the address of a cluster that all ranks share."
@@ -120,21 +118,6 @@ def _scripts_own(ranks: int) -> Cluster | None:
         address = ray.get_runtime_context().gcs_address
         sharing.share(ray)
         return Cluster(address, ours=False, connection=sharing.claim(ours=False))
-
-
-def _is_inside_alone() -> bool:
-    """Whether the cluster is one that this process has started, and no other process has joined yet.
-
-    Each rank with a cluster of its own would have a writer of its own, and these would fight for the run.
-    """
-    from ray._private import state, worker
-
-    if not getattr(getattr(worker, "_global_node", None), "head", False):
-        return False
-    try:
-        return all(job["IsDead"] or job["DriverPid"] == os.getpid() for job in state.jobs())
-    except Exception:  # another Ray
-        return False
 
 
 def _speaks_no_ray(address: str) -> str | None:
@@ -274,28 +257,19 @@ def _join(
             return scripts
         sharing.hush()
         try:
-            with process_unchanged(), joining():
+            with process_unchanged(), patches.joining():
                 ray.init(
                     address=address,
                     namespace=NAMESPACE,
                     log_to_driver=False,
                     configure_logging=False,
                     logging_level="CRITICAL",
-                    job_config=_job_config(ray),
+                    job_config=patches.job_config(f"swanlab-ray rank {os.environ.get('RANK', '0')}"),
                 )
         except Exception as error:
             sharing.speak()
             raise NoCluster(f"The Ray cluster at '{address}' could not be joined: {_brief(error)}") from error
         return Cluster(address, ours=True, connection=sharing.claim(ours=share), directory=directory)
-
-
-def _job_config(ray: Any) -> Any:
-    config = ray.job_config.JobConfig(metadata={"job_name": f"swanlab-ray rank {os.environ.get('RANK', '0')}"})
-    try:
-        os.getcwd()
-    except FileNotFoundError:  # somebody has removed it; Ray asks where it is, so that workers import from there
-        config._runtime_env_has_working_dir = lambda: True
-    return config
 
 
 def _await_scripts_init() -> None:
@@ -319,7 +293,7 @@ def _brief(error: BaseException) -> str:
     """In one line; all of it where Ray names two versions, one of each side, in lines of their own."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, RayletGone):
+        if isinstance(cause, patches.RayletGone):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     text = str(error)

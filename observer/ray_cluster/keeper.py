@@ -8,54 +8,30 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from swanlab_ray.actors.wire.locks import hold_lock, nobody_holds
-from swanlab_ray.observer.ray_cluster import directories
-from swanlab_ray.observer.ray_cluster.guards import UV_HOOK
+from swanlab_ray.observer.ray_cluster import directories, patches
 
 GRACE_S = 4.0
 """The lock may be free this long: a restarted writer needs about two seconds."""
 POLL_S = 0.5
-RAYLET_DEADLINE_S = 240.0
 START_S = 270.0
 """Less than a rank waits for the cluster."""
 ALARM_S = 15.0
 TOUCH_S = 600.0
-ENVIRONMENT = {
-    "PYTHONUNBUFFERED": "1",  # the actor's log is looked at while it runs
-    # Ray gives up a node that does not answer for 15 s. This one is alone: giving it up would end the observation.
-    "RAY_health_check_failure_threshold": "100",
-    # Ray ends a worker, and starts another, that has not imported everything within 60 s: on such a machine, for ever.
-    "RAY_worker_register_timeout_seconds": "600",
-    "RAY_agent_register_timeout_ms": "600000",
-    # Where memory is short Ray ends workers, and the only one here is the writer.
-    "RAY_memory_monitor_refresh_ms": "0",
-    # Ray's 15 leaves the writer a thirtieth of a core beside a training that takes all; it must answer all the same.
-    "RAY_worker_niceness": "5",
-    "RAY_prestart_worker_first_driver": "0",  # the writer's worker belongs to another job
-}
-LISTEN_PORT = "dashboard_agent_listen_port"
-AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", LISTEN_PORT)
-PORTS = range(20_000, 65_536)
-"""Below, Ray has ports of its own."""
-LAUNCHERS_PORTS = range(29_400, 29_600)
-"""torchrun and Accelerate meet at 29400, 29500 and those that follow."""
-EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+# The actor's log is looked at while it runs.
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1"} | patches.CLUSTER_ENVIRONMENT
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
 
@@ -66,10 +42,10 @@ def keep(directory: Path, lock: int, dashboard: bool) -> None:
         lock: descriptor of ``directory/keeper``.
     """
     directories.sweep(directory.parent)
-    os.environ.pop("RAY_RUNTIME_ENV_HOOK", None)  # the training's; Ray would call it here as well
+    os.environ.pop(patches.RUNTIME_ENV_HOOK, None)  # the training's; Ray would call it here as well
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ[UV_HOOK] = "0"  # below `uv run` Ray would pack the working directory and start the writer through uv
+    os.environ[patches.UV_HOOK] = "0"
     session = directories.new_session(directory.parent)
     hold_lock(str(session / "keeper"))
     with Starting(directory, session):
@@ -168,8 +144,8 @@ def _dead_children() -> list[str]:
 def _start(session: Path, dashboard: bool) -> Any:
     import ray
 
-    be_patient()
-    leave_out_what_idles(dashboard)
+    patches.be_patient()
+    patches.leave_out_what_idles(dashboard)
     return ray.init(
         address="local",
         num_cpus=1,
@@ -180,84 +156,6 @@ def _start(session: Path, dashboard: bool) -> Any:
         _temp_dir=str(session),
         log_to_driver=False,
     )
-
-
-def leave_out_what_idles(dashboard: bool) -> None:
-    """Let ``ray.init`` not start what nobody here uses; together it takes a third of a core from the training.
-
-    That is the autoscaler, what carries workers' logs to a driver (the dashboard reads the files), and what Ray starts
-    of a dashboard that is off.
-    """
-    with suppress(ImportError):  # another Ray
-        from ray._private.node import Node
-
-        for start in ("start_monitor", "start_log_monitor", *(() if dashboard else ("start_api_server",))):
-            if hasattr(Node, start):
-                setattr(Node, start, lambda *_, **__: None)
-
-
-def be_patient() -> None:
-    """Let ``ray.init`` wait for its raylet on a machine whose cores all train.
-
-    Ray asks for it in a loop without a pause, which takes a core away from it, and gives up after 30 s.
-    """
-    from ray._private import services
-
-    ask: Callable[..., Any] | None = getattr(services, "get_node", None)
-    if ask is None:
-        return  # another Ray, with its own idea of patience
-
-    def ask_patiently(*args: Any, **kwargs: Any) -> Any:
-        deadline = time.monotonic() + RAYLET_DEADLINE_S
-        while True:
-            try:
-                return ask(*args, **kwargs)
-            except RuntimeError:  # it has not registered yet
-                if time.monotonic() >= deadline:
-                    raise
-            time.sleep(POLL_S)
-
-    services.get_node = ask_patiently
-    _choose_ports(services)
-
-
-def _choose_ports(services: Any) -> None:
-    """Tell a raylet the ports of its agents: it ends itself where they have not told them after 15 s.
-
-    See ray-project/ray#65983. The port of one of them it reads from a file only, so that is there before.
-    """
-    from ray import _raylet
-
-    persist: Callable[..., Any] | None = getattr(_raylet, "persist_port", None)
-    start: Callable[..., Any] | None = getattr(services, "start_raylet", None)
-    if persist is None or start is None or not {*AGENT_PORTS, "node_id"} <= signature(start).parameters.keys():
-        return  # another Ray
-
-    def start_with_ports(*args: Any, **kwargs: Any) -> Any:
-        given = signature(start).bind(*args, **kwargs).arguments
-        given |= dict(zip(AGENT_PORTS, _free_ports(len(AGENT_PORTS)), strict=True))
-        persist(given["session_dir"], given["node_id"], LISTEN_PORT, given[LISTEN_PORT])
-        return start(**given)
-
-    services.start_raylet = start_with_ports
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that no connection is given by chance until the agents take them: a raylet dies of one that is taken."""
-    first, last = 32_768, 60_999
-    with suppress(OSError, ValueError):
-        first, last = map(int, EPHEMERAL.read_text().split())
-    quiet = [port for port in PORTS if port not in LAUNCHERS_PORTS and not first <= port <= last]
-    ports: list[int] = []
-    for port in [*random.sample(quiet, len(quiet)), *random.sample(PORTS, len(PORTS))]:
-        if len(ports) == count:
-            break
-        if port in ports:
-            continue
-        with socket.socket() as one, suppress(OSError):
-            one.bind(("", port))
-            ports.append(port)
-    return ports
 
 
 def _wait_until_unused(directory: Path, session: Path) -> None:

@@ -12,20 +12,12 @@ from typing import Any
 from swanlab_ray.observer.profiling import DEFAULT_PROFILING_CONFIG
 from swanlab_ray.observer.script.wrapping import Wrapped
 from swanlab_ray.observer.timing.spans import Span, SpanLog
-
-PHASES = {
-    "_prepare_inputs": "prepare inputs",
-    "compute_loss": "forward",
-    "_generate_and_score_completions": "generation",
-    "_calculate_rewards": "rewards",
-    "_save_checkpoint": "checkpoint",
-    "evaluate": "evaluate",
-}
-"""Methods of a Trainer, and the phases they are; besides there are ``data``, ``backward`` and ``optimizer``."""
+from swanlab_ray.observer.trainers.internals import BACKWARD, BATCHES
+from swanlab_ray.observer.trainers.trl_internals import PHASES
 
 
 class Phases:
-    """Measures the phases of one trainer.
+    """Measures the phases of one trainer, and besides ``data`` and ``optimizer``.
 
     Args:
         trainer: a Transformers ``Trainer``, or one derived from it.
@@ -41,10 +33,10 @@ class Phases:
         self._evaluating = False
         self._optimizer: Span | None = None
         self._wrapped: list[tuple[weakref.ref[Any], str, Wrapped, bool]] = []
-        self._wrap(trainer, "get_batch_samples", self._with_data)
+        self._wrap(trainer, BATCHES, self._with_data)
         for method, phase in PHASES.items():
             self._wrap(trainer, method, functools.partial(self._measured, phase))
-        self._wrap(getattr(trainer, "accelerator", None), "backward", functools.partial(self._measured, "backward"))
+        self._wrap(getattr(trainer, "accelerator", None), BACKWARD, functools.partial(self._measured, "backward"))
 
     def remove(self) -> None:
         """Let go of the trainer."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from swanlab_ray.observer.trainers.trl_internals import ALGORITHMS, COMPUTES
+
 SUPPORTED = ("dpo", "kto", "orpo", "cpo", "grpo", "rloo", "online_dpo")
 """Algorithms whose rows can be captured; SimPO is a loss of the CPO trainer."""
 
@@ -23,14 +25,6 @@ _OTHERS = (
 )
 # After a letter in lower case or a digit: AxolotlDPOTrainer, but not DPPOTrainer.
 _NAMED = re.compile(rf"(?:^|[a-z0-9_])({'|'.join([*_TRAINERS, *(f'{other}Trainer' for other in _OTHERS)])})$")
-# What only one kind of trainer computes, for classes with names of their own.
-_METHODS = {
-    "odds_ratio_loss": "orpo",
-    "cpo_loss": "cpo",
-    "kto_loss": "kto",
-    "dpo_loss": "dpo",
-    "_generate_and_score_completions": "grpo",
-}
 
 
 def class_name(owner: object) -> str:
@@ -50,14 +44,7 @@ def detect(trainer: object) -> str | None:
             found = _NAMED.search(name)
             if found and (found[1] == name or not exact):
                 return _TRAINERS.get(found[1])
-    return next((algorithm for method, algorithm in _METHODS.items() if hasattr(trainer, method)), None)
-
-
-_COMPUTES = (
-    *("compute_loss", "_compute_loss", "get_batch_loss_metrics", "concatenated_forward", "training_step"),
-    *("_generate_and_score_completions", "_generate"),
-)
-"""What rows are taken from."""
+    return next((algorithm for method, algorithm in ALGORITHMS.items() if hasattr(trainer, method)), None)
 
 
 def of_a_framework(trainer: object) -> str:
@@ -65,7 +52,7 @@ def of_a_framework(trainer: object) -> str:
     for base in type(trainer).__mro__:
         if base.__module__.partition(".")[0] in ("trl", "transformers"):
             return ""
-        own = [name for name in _COMPUTES if name in vars(base)]
+        own = [name for name in COMPUTES if name in vars(base)]
         if own:
             return f": {base.__module__}.{base.__qualname__} has its own {' and '.join(own)}"
     return ""

@@ -12,6 +12,7 @@ from transformers import Trainer
 from swanlab_ray.observer.script.ending import headline
 from swanlab_ray.observer.script.notices import warn_once
 from swanlab_ray.observer.script.wrapping import Wrapped
+from swanlab_ray.observer.trainers.internals import BATCHES, LOSS, batches_at_once, scales_losses
 
 
 class OwnLoss:
@@ -28,8 +29,8 @@ class OwnLoss:
         self._factor: Any = None
         self._scaled = _computed_by_trainer(type(trainer))
         trainer.training_step = Wrapped(trainer.training_step, self._around_step)
-        if callable(getattr(trainer, "get_batch_samples", None)):
-            trainer.get_batch_samples = Wrapped(trainer.get_batch_samples, self._around_batches)
+        if callable(getattr(trainer, BATCHES, None)):
+            setattr(trainer, BATCHES, Wrapped(getattr(trainer, BATCHES), self._around_batches))
 
     def take(self) -> Any:
         """The loss of the step that has ended, a tensor; None where there was none."""
@@ -48,7 +49,7 @@ class OwnLoss:
     def _around_batches(self, get_batch_samples: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._factor = None
         trainer = self._trainer()
-        if trainer is None or not self._is_scaled(trainer):
+        if trainer is None or not (self._scaled and scales_losses(trainer)):
             return get_batch_samples(*args, **kwargs)
         holder, gather, counts = vars(trainer.accelerator), trainer.accelerator.gather, []
         before = holder.get("gather")
@@ -70,19 +71,6 @@ class OwnLoss:
             warn_once("own loss", f"A rank's own loss is shown as the Trainer scales it: {headline(error)[:200]}.")
         return batches
 
-    def _is_scaled(self, trainer: Any) -> bool:
-        """Whether the Trainer scales losses by the tokens of all ranks."""
-        try:
-            return bool(
-                self._scaled
-                and trainer.args.average_tokens_across_devices
-                and trainer.args.n_gpu <= 1
-                and trainer.accelerator.num_processes > 1
-                and (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func)
-            )
-        except Exception:  # a Trainer of before they did
-            return False
-
 
 def _factor(accelerator: Any, everyones: Any, counts: list[Any]) -> Any:
     """What takes a loss per token of all ranks to one per token of this rank.
@@ -95,10 +83,7 @@ def _factor(accelerator: Any, everyones: Any, counts: list[Any]) -> Any:
     if everyones is None or not counts:
         return None
     own = counts[-1].sum().to(everyones.device).clamp(min=1)  # a rank that has none has no loss
-    mesh = getattr(accelerator, "parallelism_config", None)
-    # Ranks of one batch each; those that share a batch by context or tensor parallelism are one.
-    batches = accelerator.num_processes // max(1, getattr(mesh, "non_data_parallel_size", 1))
-    return everyones / (own * batches)
+    return everyones / (own * batches_at_once(accelerator))
 
 
 def _computed_by_trainer(kind: type) -> bool:
@@ -106,8 +91,8 @@ def _computed_by_trainer(kind: type) -> bool:
     for base in kind.__mro__:
         if base is Trainer:
             return True
-        method = vars(base).get("compute_loss")
+        method = vars(base).get(LOSS)
         code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
-        if method is not None and (code is None or "compute_loss" not in code.co_names):
+        if method is not None and (code is None or LOSS not in code.co_names):
             return False
     return False

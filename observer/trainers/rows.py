@@ -15,13 +15,19 @@ from typing import Any
 
 from swanlab_ray.observer.encoding.cells import Columns, plain_text
 from swanlab_ray.observer.encoding.numbers import HostCopy
-
-IGNORED = -100
-"""Label of a token that is not trained on."""
-
-
-class Unknown(Exception):
-    """The trainer does not hold what is looked for: another version than those this was written for."""
+from swanlab_ray.observer.trainers.trl_internals import (
+    Column,
+    Tokens,
+    Unknown,
+    duels_of,
+    generated_by,
+    judged_texts,
+    logps_of,
+    losses_of,
+    pair_texts,
+    rewards_of,
+    verdicts,
+)
 
 
 class Snapshot:
@@ -68,10 +74,18 @@ class Snapshot:
         kept = list(values[: self.rows])
         self.then(lambda columns: columns.update({name: [plain_text(value) for value in kept]}))
 
-    def tokens(self, name: str, ids: Any, *masks: tuple[Any, bool], first: int = 0) -> None:
-        """A column of token ids: of each row those where every ``(mask, wanted)`` is as wanted."""
-        read = self._rows_of(ids, first)
-        read_masks = [(self._rows_of(mask, first), wanted) for mask, wanted in masks]
+    def add(self, columns: Mapping[str, Column]) -> None:
+        """Columns of text or token ids."""
+        for name, column in columns.items():
+            if isinstance(column, Tokens):
+                self._tokens(name, column)
+            else:
+                self.text(name, column)
+
+    def _tokens(self, name: str, column: Tokens) -> None:
+        first = self.total if column.second else 0
+        read = self._rows_of(column.ids, first)
+        read_masks = [(self._rows_of(mask, first), wanted) for mask, wanted in column.masks]
 
         def step(columns: Columns) -> None:
             chosen = [(mask().bool() == wanted) for mask, wanted in read_masks]
@@ -115,22 +129,21 @@ def pairs(algorithm: str, batch: Mapping[str, Any], values: Mapping[str, Any], l
     Raises:
         Unknown: there are no per-sample rewards.
     """
-    chosen, rejected = _rewards(values)
+    chosen, rejected = rewards_of(values)
     snapshot = Snapshot(len(chosen), limit)
-    _pair_text(snapshot, batch)
+    snapshot.add(pair_texts(batch))
     snapshot.numbers("reward_chosen", chosen)
     snapshot.numbers("reward_rejected", rejected)
     snapshot.then(lambda columns: _difference(columns, "reward_diff", "reward_chosen", "reward_rejected"))
-    older = values.get("model_output")
-    logps = {**older, **values} if isinstance(older, Mapping) else values  # TRL below 0.29
     for side in ("chosen", "rejected"):
-        snapshot.numbers(f"logp_{side}", logps.get(f"policy_{side}_logps", logps.get(f"{side}_logps")))
-        snapshot.numbers(f"ref_logp_{side}", logps.get(f"ref_{side}_logps"))
+        logp, ref_logp = logps_of(values, side)
+        snapshot.numbers(f"logp_{side}", logp)
+        snapshot.numbers(f"ref_logp_{side}", ref_logp)
     if algorithm == "orpo":
         snapshot.then(_odds_ratio)
     if algorithm == "cpo":
         snapshot.then(lambda columns: _difference(columns, "logp_diff", "logp_chosen", "logp_rejected"))
-    snapshot.numbers("loss", values.get("per_sequence_loss", values.get("losses")))
+    snapshot.numbers("loss", losses_of(values))
     return snapshot
 
 
@@ -140,30 +153,17 @@ def judged(batch: Mapping[str, Any], values: Mapping[str, Any], limit: int) -> S
     Raises:
         Unknown: there are no per-sample rewards.
     """
-    chosen, rejected = _rewards(values)
-    labels = batch["label"]
-    if len(chosen) + len(rejected) != len(labels):
+    rewards = rewards_of(values)
+    labels = verdicts(batch)
+    if sum(map(len, rewards)) != len(labels):
         raise Unknown("no per-sample rewards")
     snapshot = Snapshot(len(labels), limit)
-    if "completion_mask" in batch:
-        completion, present = (batch["completion_mask"], True), (batch["attention_mask"], True)
-        snapshot.tokens("prompt", batch["input_ids"], (batch["completion_mask"], False), present)
-        snapshot.tokens("completion", batch["input_ids"], completion, present)
-    elif _is_text(batch.get("completion")):
-        snapshot.text("prompt", batch["prompt"])
-        snapshot.text("completion", batch["completion"])
-    else:
-        trained = batch["completion_labels"] != IGNORED
-        snapshot.tokens(
-            "prompt", batch["completion_input_ids"], (trained, False), (batch["completion_attention_mask"], True)
-        )
-        snapshot.tokens("completion", batch["completion_input_ids"], (trained, True))
+    snapshot.add(judged_texts(batch))
     read_labels = snapshot.copied(labels) if hasattr(labels, "detach") else lambda: labels
     count = snapshot.rows
     snapshot.then(lambda columns: columns.update(label=[bool(label) for label in read_labels()[:count]]))
-    for name, side in (("reward", "rewards"), ("logp", "logps")):
-        good = values.get(f"chosen_{side}", values.get(f"policy_chosen_{side}"))
-        bad = values.get(f"rejected_{side}", values.get(f"policy_rejected_{side}"))
+    logps = logps_of(values, "chosen")[0], logps_of(values, "rejected")[0]
+    for name, (good, bad) in (("reward", rewards), ("logp", logps)):
         if getattr(good, "ndim", 0) == getattr(bad, "ndim", 0) == 1:
             snapshot.then(_by_label(name, snapshot.copied(good), snapshot.copied(bad)))
     return snapshot
@@ -190,23 +190,16 @@ def generated(trainer: Any, prompts: int, limit: int) -> Snapshot:
     Raises:
         Unknown: the trainer keeps no such rows.
     """
-    logs = getattr(trainer, "_logs", None) or getattr(trainer, "_textual_logs", None)
-    if not isinstance(logs, Mapping) or not {"prompt", "completion", "rewards"} <= logs.keys():
-        raise Unknown("no record of the completions")
+    made = generated_by(trainer, prompts)
     snapshot = Snapshot(prompts, limit)
-    # The deques hold at most one generation of the whole job, and its end where it is larger than that.
-    first = len(logs["prompt"]) - prompts * (trainer.accelerator.num_processes - trainer.accelerator.process_index)
-    if first < 0:
-        raise Unknown("the record of the completions is too short")
 
     def own(values: Sequence[Any]) -> list[Any]:
-        return list(islice(values, first, first + snapshot.rows))
+        return list(islice(values, made.first, made.first + snapshot.rows))
 
-    snapshot.text("prompt", own(logs["prompt"]))
-    snapshot.text("completion", own(logs["completion"]))
-    rewards = {name: own(values) for name, values in logs["rewards"].items()}
-    weights = [float(weight) for weight in getattr(trainer, "reward_weights", [1.0] * len(rewards))]
-    advantages = own(logs.get("advantages", ()))
+    snapshot.text("prompt", own(made.prompts))
+    snapshot.text("completion", own(made.completions))
+    rewards = {name: own(values) for name, values in made.rewards.items()}
+    weights, advantages = made.weights, own(made.advantages)
 
     def step(columns: Columns) -> None:
         if len(rewards) == len(weights):  # TRL keeps functions of one name under one name
@@ -231,60 +224,25 @@ def duels(values: Mapping[str, Any], limit: int) -> Snapshot:
     Raises:
         Unknown: the trainer's step has other variables.
     """
-    names = ("prompts", "completions", "chosen_rewards", "rejected_rewards", "chosen_indices", "rejected_indices")
-    if not all(name in values for name in names):
-        raise Unknown("no completions")
-    snapshot = Snapshot(len(values["prompts"]), limit)
-    snapshot.text("prompt", values["prompts"])
-    completions = list(values["completions"])
-    scores = values.get("rewards")
-    read_scores = snapshot.copied(scores) if getattr(scores, "ndim", 0) == 1 else None
-    count = snapshot.rows
-    for side in ("chosen", "rejected"):
-        read = snapshot.copied(values[f"{side}_indices"])
+    found = duels_of(values)
+    snapshot = Snapshot(len(found.prompts), limit)
+    snapshot.text("prompt", found.prompts)
+    read_scores = None if found.scores is None else snapshot.copied(found.scores)
+    count, completions = snapshot.rows, found.completions
+    for side, indices in found.indices.items():
+        read = snapshot.copied(indices)
 
         def pick(columns: Columns, side: str = side, read: Callable[[], Any] = read) -> None:
-            indices = read().tolist()[:count]
-            columns[side] = [plain_text(completions[index]) for index in indices]
+            places = read().tolist()[:count]
+            columns[side] = [plain_text(completions[place]) for place in places]
             if read_scores is not None:
                 given = read_scores().tolist()
-                columns[f"score_{side}"] = [given[index] for index in indices]
+                columns[f"score_{side}"] = [given[place] for place in places]
 
         snapshot.then(pick)
-        snapshot.numbers(f"reward_{side}", values[f"{side}_rewards"])
+        snapshot.numbers(f"reward_{side}", found.rewards[side])
     snapshot.then(lambda columns: _difference(columns, "reward_diff", "reward_chosen", "reward_rejected"))
     return snapshot
-
-
-def _rewards(values: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Rewards of the chosen and of the rejected samples, one each."""
-    chosen, rejected = values.get("chosen_rewards"), values.get("rejected_rewards")
-    if getattr(chosen, "ndim", 0) == getattr(rejected, "ndim", 0) == 1:
-        return chosen, rejected
-    raise Unknown("no per-sample rewards")
-
-
-def _pair_text(snapshot: Snapshot, batch: Mapping[str, Any]) -> None:
-    if all(_is_text(batch.get(name)) for name in ("prompt", "chosen", "rejected")):  # ORPO, CPO
-        for name in ("prompt", "chosen", "rejected"):
-            snapshot.text(name, batch[name])
-    elif "completion_mask" in batch:  # DPO: the chosen ones, then the rejected ones
-        ids, completion, present = batch["input_ids"], batch["completion_mask"], (batch["attention_mask"], True)
-        snapshot.tokens("prompt", ids, (completion, False), present)
-        snapshot.tokens("chosen", ids, (completion, True), present)
-        snapshot.tokens("rejected", ids, (completion, True), present, first=snapshot.total)
-    elif "prompt_input_ids" in batch:  # DPO of TRL 0.15 to 0.28
-        for name in ("prompt", "chosen", "rejected"):
-            snapshot.tokens(name, batch[f"{name}_input_ids"], (batch[f"{name}_attention_mask"], True))
-    else:
-        ids, trained = batch["chosen_input_ids"], batch["chosen_labels"] != IGNORED
-        snapshot.tokens("prompt", ids, (trained, False), (batch["chosen_attention_mask"], True))
-        for name in ("chosen", "rejected"):
-            snapshot.tokens(name, batch[f"{name}_input_ids"], (batch[f"{name}_labels"] != IGNORED, True))
-
-
-def _is_text(values: Any) -> bool:
-    return isinstance(values, (list, tuple)) and bool(values) and isinstance(values[0], (str, list))
 
 
 def _difference(columns: Columns, name: str, one: str, other: str) -> None:
