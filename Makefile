@@ -13,8 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 OVERLAYS := build/trl/0.19.1 build/trl/1.16.0 build/trl/transformers-4
 OVERLAY = rm -rf $@.part && $(PIP) --no-deps --target $@.part
 
-# More at a time than there are cores: most of a test that takes long is waiting.
-PYTEST := $(BIN)/python -m pytest --numprocesses 4 --maxschedchunk 1
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxschedchunk 1
 
 .PHONY: install demo check test test-axolotl test-others check-units lint typecheck docs wheel bench clean
 

@@ -107,6 +107,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="Only what needs neither Ray nor torchrun nor a trainer.")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """More than there are cores, since most of a test that takes long is waiting; but on a slow machine it is not."""
+    return 4 if SLOWNESS < 2 else 2
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     return True if config.getoption("quick") and collection_path.stem in SLOW else None
 

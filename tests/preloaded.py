@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
 
 from swanlab_ray.observer.ray_cluster.guards import set_environment
@@ -23,4 +24,6 @@ for _name in (
 from swanlab_ray.observer import observer  # noqa: E402
 
 # What is shown is that a run ends well, not how soon: the machine of the tests may need minutes to start a writer.
-observer.Observer.finish.__defaults__ = ("success", None, 600.0)
+_finish = inspect.unwrap(observer.Observer.finish)
+assert _finish.__defaults__ == ("success", None, observer.FINISH_TIMEOUT_S)
+_finish.__defaults__ = ("success", None, 600.0)
