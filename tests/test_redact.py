@@ -297,6 +297,36 @@ def test_a_secret_is_known_by_where_it_stands(place: Any) -> None:
     assert S not in json.dumps(plain(place))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train.py --api-key {} --lr 1", "--api_key={} --lr=1", "API_KEY={} python train.py", "https://h/x?token={}&b=2",
+        "https://h/x?a=1&api_key={}", "https://{}@h/x", "jdbc:h?user=u&password={}&ssl=1",
+        "Server=h;Password={};Port=1",
+        "login(api_key='{}', retry=3)", '"password": "{}", "a": 1',
+        "https://open.feishu.cn/open-apis/bot/v2/hook/{}?a=1", "https://hooks.slack.com/services/{} x",
+        "https://api.telegram.org/bot{} x", "machine h login u password {}", 'password = """{}"""',
+        "<password>{}</password><user>me</user>", "<eos_token>end</eos_token><a:token>{}</a:token>",
+        "curl -s -u {} https://h", "sshpass -p {} ssh h", "mysql -u root -p{} db", "X-Api-Key: {}\nHost: h",
+        "password: null; secret: False; db_pass=false; api_key: {}", "Bearer {} and more",
+        "first_secret={} second_secret={} third=3",
+    ],
+)  # fmt: skip
+def test_what_stands_around_a_secret_stays_as_it_is(text: str) -> None:
+    filled, shown = (text.replace("{}", one) for one in (S, "***"))
+    assert masked(filled) == shown
+    assert masked(shown) == shown
+    assert masked(f"curl -H 'Authorization: Bearer {S}' https://h") == "curl -H 'Authorization: *** ***' https://h"
+
+
+@pytest.mark.parametrize("name", ["password", "access_token", "X-Secret", "hf_token"])
+@pytest.mark.parametrize("size", [10, 4_090, 4_096, 5_000, 50_000])
+def test_a_secret_of_any_length_is_masked_to_its_end(name: str, size: int) -> None:
+    """As a token with all the groups of its user in it."""
+    secret = ("x1" * size)[:size]
+    assert masked(f"{name}={secret} --lr 1 {name}: '{secret}'.") == f"{name}=*** --lr 1 {name}: '***'."
+
+
 RANDOM = "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8"
 SHAPES = [
     f"hf_{RANDOM}", f"sk-{RANDOM}", f"sk-proj-{RANDOM}", f"sk-ant-api03-{RANDOM}", f"ghp_{RANDOM}", f"gho_{RANDOM}",

@@ -172,9 +172,7 @@ def _without_shapes(text: str) -> str:
     if "-" in text or "login" in text:
         text = _without_values(_COMMAND.sub(rf"\1{MASK}", text), _OPTION, _ARGUMENT)
     if "</" in text:
-        text = _ELEMENT.sub(
-            lambda found: f"<{found[1]}>{MASK}" if hides(sensitivity(found[1]), found[2]) else found[0], text
-        )
+        text = _ELEMENT.sub(_element, text)
     return text
 
 
@@ -198,12 +196,12 @@ def _without_values(text: str, naming: re.Pattern[str], valued: re.Pattern[str])
         how = Sensitivity.KEY if name[1] in ("token", "tokens", "key") else sensitivity(name[1])
         if how is Sensitivity.NONE:
             continue
-        value = valued.match(text, at, len(text) if how is Sensitivity.SECRET else at + 4_096)
-        if value is None:
+        # What is not masked is looked at again behind the next name, so that look is bounded; what is masked is not.
+        value = valued.match(text, at, at + 4_096)
+        if value is None or value[0] in _NOTHING or not hides(how, value[0].strip("\"'")):
             continue
+        value = valued.match(text, at) or value
         bare = value[0].strip("\"'")
-        if value[0] in _NOTHING or not hides(how, bare):
-            continue
         kept += (text[copied:at], value[0].replace(bare, MASK))  # in its quotes: it may be YAML, or JSON
         at = copied = value.end()
     return "".join((*kept, text[copied:]))
