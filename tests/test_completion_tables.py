@@ -9,8 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from swanlab_ray.actors.completions import tables
 from swanlab_ray.actors.completions.buffers import JOIN_PATIENCE_S, PATIENCE_S, CompletionBuffer, CompletionRow
-from swanlab_ray.actors.completions.tables import MEDIA_ITEMS, Decoder, Table, as_charts, as_texts, readable, table
+from swanlab_ray.actors.completions.tables import (
+    MEDIA_BYTES,
+    MEDIA_ITEMS,
+    Decoder,
+    Table,
+    as_charts,
+    as_texts,
+    readable,
+    table,
+)
 from swanlab_ray.actors.delivery.queue import QUEUE_SCALARS, Sink
 from swanlab_ray.actors.wire.events import Completions, Tokenizer
 from tests.conftest import wait_until
@@ -246,6 +256,28 @@ def test_texts_stay_within_what_a_step_can_hold() -> None:
     assert readable(["a", "b", "c"], [0.123456789, None, "x\x1by"]) == "a: 0.123457\nc: x␛y"
 
 
+def test_each_row_is_a_text_with_its_step_and_rank_or_shares_one_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "MEDIA_ITEMS", 2)
+    rows: list[list[Any]] = [[1, 0, "a", 0.5], [1, 1, "b", None]]
+    texts = as_texts(Table(["step", "rank", "text", "reward"], rows))
+    assert [(one.caption, one.content) for one in texts] == [
+        ("step 1 rank 0", "text: a\nreward: 0.5"),
+        ("step 1 rank 1", "text: b"),
+    ]
+    texts = as_texts(Table(["step", "rank", "text"], [[1, 0, "a"], [1, 0, "b"], [2, 1, "c"]]))
+    assert [(one.caption, one.content) for one in texts] == [
+        ("step 1 rank 0", "step 1 rank 0\ntext: a\n\nstep 1 rank 0\ntext: b"),
+        ("step 2 rank 1", "step 2 rank 1\ntext: c"),
+    ]
+
+
+def test_what_swanlab_takes_of_media_is_what_it_says() -> None:
+    from swanlab.sdk.internal.run.components.consumer import builder
+
+    (limits,) = (one for one in vars(builder).values() if hasattr(one, "_MEDIA_MAX_SIZE"))
+    assert (MEDIA_BYTES, MEDIA_ITEMS) == (limits._MEDIA_MAX_SIZE, limits._MEDIA_MAX_LENGTH)
+
+
 def test_columns_of_every_algorithm_stand_in_one_order() -> None:
     """Prompt and texts first, then what was made of them; a user's own columns follow as they came."""
     known = ["prompt", "completion", "chosen", "rejected", "label", "reward", "reward_chosen", "reward_rejected"]
@@ -275,8 +307,11 @@ def test_token_ids_without_their_tokenizer_are_shown_as_numbers() -> None:
     assert decoder.text(ids, "never sent") == "token ids 5 70000"
     decoder.learn(Tokenizer("broken", b"{}"))
     assert decoder.text(ids, "broken") == decoder.text(ids, "broken") == "token ids 5 70000"
-    assert len(said) == 1
-    assert "cannot load the ranks' tokenizer" in said[0]
+    (sentence,) = said
+    assert sentence.startswith(
+        "Completions are shown as token ids: the writer cannot load the ranks' tokenizer (Exception: "
+    )
+    assert sentence.endswith("); install `tokenizers` where it runs.")
 
 
 def test_tables_weigh_in_the_queue_and_are_counted_when_lost(monkeypatch: pytest.MonkeyPatch) -> None:
