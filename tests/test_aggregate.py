@@ -126,6 +126,22 @@ def test_waiting_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(written.values["x"]) == 90
 
 
+def test_waiting_values_are_bounded_and_the_first_step_that_came_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregate, "WAITING_VALUES", 20)
+    written = Written(world=2)
+    names = {f"n{number}": 1.0 for number in range(5)}
+    most = 0
+    for step in (9, *range(8), *range(10, 40)):
+        written.log(0, step, **names)
+        most = max(most, written.aggregator._values)
+    assert most == 25
+    steps = list(written.values["n0"])
+    assert steps == [9, *range(8), *range(10, 35)]
+    written.aggregator.flush()
+    assert written.aggregator._values == 0
+    assert not written.aggregator.waiting
+
+
 def test_huge_values_do_not_overflow() -> None:
     assert over_ranks(1.5e308, 1.5e308)["mean"] == 1.5e308
 

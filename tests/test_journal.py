@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -391,6 +392,34 @@ def test_a_header_is_on_the_disk_before_anything_follows_it(tmp_path: Path) -> N
     assert [file.empty] == [False]
     file.close()
     file.close()
+
+
+def test_what_waits_is_written_in_groups_of_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much came while the disk was busy; and all of it is counted until it is written."""
+    monkeypatch.setattr(journal_module, "GROUP_BYTES", 1000)
+    busy, free = threading.Event(), threading.Event()
+    groups: list[int] = []
+
+    class Busy(Disk):
+        def write(self, descriptor: int, data: memoryview, offset: int) -> int:
+            if b"first" in bytes(data):
+                busy.set()
+                free.wait(30)
+            groups.append(bytes(data).count(b"life"))
+            return super().write(descriptor, data, offset)
+
+    kept = Kept(tmp_path, Busy())
+    kept.journal.append(batch(0, b"first"))
+    assert busy.wait(30)
+    kept.journal.append(*(batch(seq, bytes(100)) for seq in range(1, 41)), Alert(text="x"), batch(41, bytes(5000)))
+    assert not kept.journal.settled(0.05)
+    assert kept.journal.queued_bytes == 5 + 40 * 100 + 5000
+    free.set()
+    assert kept.journal.settled(20)
+    assert kept.journal.queued_bytes == 0
+    assert kept.seqs() == list(range(42))
+    assert groups == [0, 1, 10, 10, 10, 10, 1]  # the header's first
+    assert kept.journal.close(10)
 
 
 def test_a_disk_that_takes_nothing_and_says_no_error_is_an_error(tmp_path: Path) -> None:
