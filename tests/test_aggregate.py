@@ -132,7 +132,7 @@ def test_waiting_values_are_bounded_and_the_first_step_that_came_goes_first(monk
     names = {f"n{number}": 1.0 for number in range(5)}
     most = 0
     for step in (9, *range(8), *range(10, 40)):
-        written.log(0, step, **names)
+        written.aggregator.add(0, Scalars(step, 1, USER, names), 0.0)
         most = max(most, written.aggregator._values)
     assert most == 25
     steps = list(written.values["n0"])

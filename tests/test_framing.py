@@ -126,6 +126,23 @@ def test_a_lost_block_costs_its_records_only(tmp_path: Path) -> None:
     assert is_part_of(read_back, payloads)
 
 
+@pytest.mark.parametrize("end", [0, 1, 4096, 20_480, 28_672, BLOCK - 1])
+def test_behind_a_hole_of_zeros_all_is_read_from_the_next_block_on(tmp_path: Path, end: int) -> None:
+    """Wherever in a block the hole ends."""
+    payloads = [bytes([n % 255 + 1]) * 1000 for n in range(400)]
+    content = bytearray(write(tmp_path / "file", payloads))
+    found = [one for one in read(tmp_path / "file") if isinstance(one, Record)]
+    hole = slice(BLOCK + 100, 5 * BLOCK + end)
+    content[hole] = bytes(hole.stop - hole.start)
+    (tmp_path / "file").write_bytes(content)
+    read_back, (damage,) = contents(tmp_path / "file")
+    resumed = 5 * BLOCK if end == 0 else 6 * BLOCK
+    whole = [one.payload for one in found if one.end <= hole.start or one.offset >= resumed]
+    assert read_back == whole
+    assert hole.start - 1011 <= damage.offset <= hole.start
+    assert resumed <= damage.end <= resumed + 1011
+
+
 @pytest.mark.parametrize("moved", ["swapped", "repeated"])
 def test_a_block_in_the_wrong_place_is_found(tmp_path: Path, moved: str) -> None:
     content = bytearray(write(tmp_path / "file", [b"x" * (6 * BLOCK)]))
