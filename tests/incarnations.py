@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from swanlab_ray.actors.delivery.queue import Row, Sink
+from swanlab_ray.actors.delivery.sink import Row, Sink
 from swanlab_ray.actors.journal import writing as journal_module
 from swanlab_ray.actors.journal.reading import Damaged, RunFiles, find_runs, merged
 from swanlab_ray.actors.journal.records import Batch

@@ -15,8 +15,7 @@ from click.testing import CliRunner
 
 from swanlab_ray.actors.delivery import cloud as cloud_run
 from swanlab_ray.actors.delivery import follow as reducer
-from swanlab_ray.actors.delivery import queue as sink
-from swanlab_ray.actors.delivery import sdk
+from swanlab_ray.actors.delivery import sdk, sink
 from swanlab_ray.actors.delivery.cloud import CloudRun
 from swanlab_ray.actors.delivery.experiment import CloudError
 from swanlab_ray.actors.journal.at_work import AtWork

@@ -12,12 +12,12 @@ from click.testing import CliRunner
 
 from swanlab_ray.actors.health.hangs import FIRST_STEPS, LONG, PAUSES, STACKS_S, Health, Over
 from swanlab_ray.actors.journal.reading import summarise
+from swanlab_ray.actors.membership.members import Member
 from swanlab_ray.actors.wire.codec import decode_batch
 from swanlab_ray.actors.wire.events import Outcome, Stacks
 from swanlab_ray.actors.wire.messages import BEAT_S, Doing, Hello
 from swanlab_ray.actors.wire.status import Hang
-from swanlab_ray.actors.writer.members import Member
-from swanlab_ray.actors.writer.progress import RankView
+from swanlab_ray.actors.writer.run_view import RankView
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.job.doing import Pulse
 from swanlab_ray.observer.timing.spans import Span, SpanLog

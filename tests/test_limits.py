@@ -25,7 +25,7 @@ from swanlab_ray.actors.delivery import sdk
 from swanlab_ray.actors.delivery.cloud import CloudRun
 from swanlab_ray.actors.delivery.disk import SwanLabRun, remove_run
 from swanlab_ray.actors.delivery.limits import HIGHEST_STEP, fit_config, fitting
-from swanlab_ray.actors.delivery.queue import FINISH_DEADLINE_S, Row, Sink
+from swanlab_ray.actors.delivery.sink import FINISH_DEADLINE_S, Row, Sink
 from swanlab_ray.actors.delivery.thinning import SERIES, SERIES_PER_SECOND, Beginnings, Thinning
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.events import State

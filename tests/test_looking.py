@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from swanlab_ray.actors.delivery.queue import stderr
+from swanlab_ray.actors.delivery.sink import stderr
 from swanlab_ray.actors.journal.records import (
     Alert,
     Arrived,

@@ -15,14 +15,14 @@ from pydantic import SecretStr
 
 from swanlab_ray.actors.journal.reading import Damaged, entries
 from swanlab_ray.actors.journal.records import Arrived, Entry, Returned
+from swanlab_ray.actors.membership import newcomers as newcomers_module
+from swanlab_ray.actors.membership.clocks import Skew, Timeline
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER, Outcome, State
 from swanlab_ray.actors.wire.messages import Ack, Counted, Declined, Farewell, Goodbye, Hello, NumberedBatch, Sign
 from swanlab_ray.actors.wire.version import package_version
 from swanlab_ray.actors.writer import actor as writer_module
-from swanlab_ray.actors.writer import newcomers as newcomers_module
-from swanlab_ray.actors.writer.actor import RunEnded, Unknown, Writer
-from swanlab_ray.actors.writer.clocks import Skew, Timeline
+from swanlab_ray.actors.writer.actor import RunEnded, Writer
 from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.history import archive
 from swanlab_ray.observer.job.identity import Identity, Launch
@@ -593,7 +593,7 @@ def test_refusals_are_told_though_much_waits_to_be_looked_at(tmp_path: Path, mon
 
 
 def test_more_names_than_are_told_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swanlab_ray.actors.writer.progress.REJECTED", 3)
+    monkeypatch.setattr("swanlab_ray.actors.writer.run_view.REJECTED", 3)
     run = Told(tmp_path)
     run.welcome(0)
     run.send(0, (SCALARS, 0, 1, USER, {f"n{number}": "text" for number in range(9)}))

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from swanlab_ray.actors.journal.reading import KILLED
+from swanlab_ray.actors.membership import newcomers as newcomers_module
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER, Outcome, State
 from swanlab_ray.actors.wire.locks import pid_namespace
 from swanlab_ray.actors.wire.messages import Ack, Counted, Doing, Farewell, Goodbye, Hello, NumberedBatch, Sign
 from swanlab_ray.actors.writer import actor as writer_module
-from swanlab_ray.actors.writer import newcomers as newcomers_module
-from swanlab_ray.actors.writer.actor import RunEnded, Unknown, Writer
+from swanlab_ray.actors.writer.actor import RunEnded, Writer
 from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.history import archive
 from tests.conftest import wait_until

@@ -15,8 +15,8 @@ from pydantic import SecretStr
 from swanlab_ray.actors.completions.tables import Table
 from swanlab_ray.actors.delivery.experiment import CHUNK_SCALARS, CloudError, CloudExperiment, NoKey, same
 from swanlab_ray.actors.delivery.limits import Limits
-from swanlab_ray.actors.delivery.queue import GaveUp, Row, Sink, stderr
 from swanlab_ray.actors.delivery.refusals import Delivery, Withheld
+from swanlab_ray.actors.delivery.sink import GaveUp, Row, Sink, stderr
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.events import State
 

@@ -22,7 +22,7 @@ from swanlab_ray.actors.completions.buffers import TABLE
 from swanlab_ray.actors.completions.tables import as_charts, as_texts
 from swanlab_ray.actors.delivery import sdk
 from swanlab_ray.actors.delivery.limits import fit_config
-from swanlab_ray.actors.delivery.queue import FINISH_DEADLINE_S, Row, Sink, Stopped, brief
+from swanlab_ray.actors.delivery.sink import FINISH_DEADLINE_S, Row, Sink, Stopped, brief
 from swanlab_ray.actors.delivery.thinning import SERIES, Beginnings, Thinning
 from swanlab_ray.actors.settings import ObserverSettings, tidy_environment
 from swanlab_ray.actors.wire.events import State

@@ -20,7 +20,7 @@ from swanlab_ray.actors.completions.tables import as_charts
 from swanlab_ray.actors.delivery import sdk
 from swanlab_ray.actors.delivery.account import find_account
 from swanlab_ray.actors.delivery.limits import fit_config
-from swanlab_ray.actors.delivery.queue import Row, brief
+from swanlab_ray.actors.delivery.sink import Row, brief
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.events import State
 

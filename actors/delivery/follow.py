@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from swanlab_ray.actors.completions.buffers import CompletionBuffer
 from swanlab_ray.actors.completions.tables import Table
 from swanlab_ray.actors.delivery.disk import SwanLabRun
-from swanlab_ray.actors.delivery.queue import Sink, brief, stderr
+from swanlab_ray.actors.delivery.sink import Sink, brief, stderr
 from swanlab_ray.actors.journal.reading import Damaged, Follower, RunFiles, find_runs, merged
 from swanlab_ray.actors.journal.records import Batch, Entry, Finished, UnknownFormat
 from swanlab_ray.actors.journal.writing import Position, journal_files

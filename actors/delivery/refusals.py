@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from swanlab_ray.actors.delivery.experiment import CloudError, CloudExperiment, Point, Refused, ServerError
 from swanlab_ray.actors.delivery.limits import Limits, shown
-from swanlab_ray.actors.delivery.queue import Row
+from swanlab_ray.actors.delivery.sink import Row
 
 Send = Callable[[list[Any]], None]
 ASKED = 8

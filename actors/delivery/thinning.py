@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from swanlab_ray.actors.delivery.queue import Row
+from swanlab_ray.actors.delivery.sink import Row
 
 FARTHEST = 1 << 62
 SERIES = 500

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from swanlab_ray.actors.membership.members import Member
 from swanlab_ray.actors.wire.events import Stacks
 from swanlab_ray.actors.wire.messages import BEAT_S, Doing, Hello
 from swanlab_ray.actors.wire.status import Hang
-from swanlab_ray.actors.writer.members import Member
 
 LONG_PHASES = ("evaluate", "checkpoint")
 LONG = 6

@@ -2,7 +2,7 @@
 there, what is acknowledged, how it ends.
 
 What arrives goes to the journal; once it is on disk it is acknowledged, looked at
-(:mod:`swanlab_ray.actors.writer.progress`) and carried into SwanLab (:mod:`swanlab_ray.actors.delivery.follow`). A
+(:mod:`swanlab_ray.actors.writer.run_view`) and carried into SwanLab (:mod:`swanlab_ray.actors.delivery.follow`). A
 writer that is restarted finds the journal by the run id.
 
 Ranks reach it through :func:`swanlab_ray.actors.writer.handle.get_or_create`. Batches, each of which is a sign of life
@@ -25,7 +25,7 @@ from pydantic import SecretStr
 from swanlab_ray.actors.delivery.cloud import CloudRun
 from swanlab_ray.actors.delivery.disk import SwanLabRun
 from swanlab_ray.actors.delivery.follow import Reducer
-from swanlab_ray.actors.delivery.queue import FINISH_DEADLINE_S, Sink, stderr
+from swanlab_ray.actors.delivery.sink import FINISH_DEADLINE_S, Sink, stderr
 from swanlab_ray.actors.health.hangs import Health, why_silent
 from swanlab_ray.actors.journal.on_disk import OnDisk
 from swanlab_ray.actors.journal.reading import KILLED, Follower
@@ -46,6 +46,13 @@ from swanlab_ray.actors.journal.records import (
     UnknownFormat,
 )
 from swanlab_ray.actors.journal.writing import Journal, Position, run_directory
+from swanlab_ray.actors.membership.clocks import Timeline
+from swanlab_ray.actors.membership.differences import Differences
+from swanlab_ray.actors.membership.members import Member, arrived, never_reported, plus, restored, verdict
+from swanlab_ray.actors.membership.newcomers import Newcomers, odd_world
+from swanlab_ray.actors.membership.processes import Processes
+from swanlab_ray.actors.membership.restarts import Restarts
+from swanlab_ray.actors.membership.sessions import Sessions, same_place
 from swanlab_ray.actors.notify.messages import MOVES_AGAIN, ONLY_RANK_0, RESTARTED, Notifications
 from swanlab_ray.actors.notify.outbox import open_mailbox
 from swanlab_ray.actors.settings import ObserverSettings
@@ -55,14 +62,7 @@ from swanlab_ray.actors.wire.messages import BEAT_S, Ack, Declined, Farewell, Go
 from swanlab_ray.actors.wire.secret_shapes import masked
 from swanlab_ray.actors.wire.status import WriterStatus, duration, standstill, status_line
 from swanlab_ray.actors.wire.version import package_version
-from swanlab_ray.actors.writer.clocks import Timeline
-from swanlab_ray.actors.writer.differences import Differences
-from swanlab_ray.actors.writer.members import Member, arrived, never_reported, plus, restored, verdict
-from swanlab_ray.actors.writer.newcomers import Newcomers, odd_world
-from swanlab_ray.actors.writer.processes import Processes
-from swanlab_ray.actors.writer.progress import Views
-from swanlab_ray.actors.writer.restarts import Restarts
-from swanlab_ray.actors.writer.sessions import Sessions, same_place
+from swanlab_ray.actors.writer.run_view import Views
 
 TICK_S = 0.2
 ALIVE_TICK_S = 60.0

@@ -10,8 +10,8 @@ from swanlab_ray.actors.completions.tables import Table, safe
 from swanlab_ray.actors.delivery.account import find_account, same_host
 from swanlab_ray.actors.delivery.experiment import CHUNK_SCALARS, CloudError, CloudExperiment, Point, same
 from swanlab_ray.actors.delivery.limits import HIGHEST_STEP, Limits, fit_time
-from swanlab_ray.actors.delivery.queue import Row
 from swanlab_ray.actors.delivery.refusals import Delivery
+from swanlab_ray.actors.delivery.sink import Row
 from swanlab_ray.actors.journal.at_work import AtWork
 from swanlab_ray.actors.journal.reading import Damaged, RunFiles, Summary, ending, find_runs, merged, summarise
 from swanlab_ray.actors.reduction.reduction import Reduction

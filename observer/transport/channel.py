@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from swanlab_ray.actors.journal.records import Ended, Entry
+from swanlab_ray.actors.membership.members import arrived, counts_of
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.messages import (
     BATCH_BYTES,
@@ -37,7 +38,6 @@ from swanlab_ray.actors.wire.messages import (
     Sign,
 )
 from swanlab_ray.actors.wire.status import WriterStatus
-from swanlab_ray.actors.writer.members import arrived, counts_of
 from swanlab_ray.observer.encoding.numbers import Deferred
 from swanlab_ray.observer.job.doing import Pulse
 from swanlab_ray.observer.script.notices import logger, warn_once

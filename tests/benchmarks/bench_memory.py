@@ -66,7 +66,7 @@ def away() -> None:
 
 def soak() -> None:
     """A writer with everything but SwanLab itself, whose memory is not ours."""
-    from swanlab_ray.actors.delivery.queue import Row, Sink
+    from swanlab_ray.actors.delivery.sink import Row, Sink
     from swanlab_ray.actors.settings import ObserverSettings
     from swanlab_ray.actors.writer.actor import Writer
     from swanlab_ray.observer.job.identity import Identity

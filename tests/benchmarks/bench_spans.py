@@ -200,7 +200,7 @@ def step_of_spans() -> None:
 
 def many_ranks() -> None:
     """A writer that gets the spans of 64 ranks, as fast as it takes them."""
-    from swanlab_ray.actors.delivery.queue import Row, Sink
+    from swanlab_ray.actors.delivery.sink import Row, Sink
     from swanlab_ray.actors.settings import ObserverSettings
     from swanlab_ray.actors.wire.codec import encode_batch
     from swanlab_ray.actors.wire.events import Spans

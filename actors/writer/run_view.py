@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
-from swanlab_ray.actors.delivery.queue import stderr
+from swanlab_ray.actors.delivery.sink import stderr
 from swanlab_ray.actors.journal.records import Batch, Entry
 from swanlab_ray.actors.journal.writing import Position
 from swanlab_ray.actors.wire.codec import decode_batch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from swanlab_ray.actors.membership.members import Member, verdict
 from swanlab_ray.actors.notify.messages import RESTARTED
-from swanlab_ray.actors.writer.members import Member, verdict
 
 
 class Restarts:

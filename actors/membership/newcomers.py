@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from swanlab_ray.actors.membership.members import Member
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.messages import BEAT_S, Declined, Hello
-from swanlab_ray.actors.writer.members import Member
 
 QUIET_S = 5 * BEAT_S
 """A process that is not heard for so long makes room for one that asks for its place."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from swanlab_ray.actors.membership.members import Member
 from swanlab_ray.actors.wire.locks import pid_namespace
-from swanlab_ray.actors.writer.members import Member
 
 
 class Processes:

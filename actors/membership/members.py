@@ -11,11 +11,11 @@ import msgspec
 
 from swanlab_ray.actors.journal.reading import KILLED, TERMINATED, Life, ledger
 from swanlab_ray.actors.journal.records import Arrived, Counts, Ended
+from swanlab_ray.actors.membership.clocks import Skew
 from swanlab_ray.actors.wire.events import State
 from swanlab_ray.actors.wire.messages import Counted, Doing, Hello
 from swanlab_ray.actors.wire.status import RankStatus
-from swanlab_ray.actors.writer.clocks import Skew
-from swanlab_ray.actors.writer.progress import RankView
+from swanlab_ray.actors.writer.run_view import RankView
 
 
 @dataclass(slots=True)
