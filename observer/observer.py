@@ -14,7 +14,7 @@ from time import monotonic, time_ns
 from types import TracebackType
 from typing import Any, SupportsIndex, get_args
 
-from swanlab_ray.actors.journal.reading import TERMINATED
+from swanlab_ray.actors.runs.verdict import TERMINATED
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.events import COMPLETIONS, CONFIG, JOB, OUTCOME, PROGRESS, RANK, SCALARS, USER, State
 from swanlab_ray.actors.wire.locks import pid_namespace
@@ -367,13 +367,13 @@ class Observer:
         self.spans.close()
         ended, error = time_ns(), _readable(error)
         complete = self._channel.finish(
-            lambda counted: Goodbye(
+            lambda counts: Goodbye(
                 rank=self.rank,
                 life=self._life,
                 state=state,
                 error=error,
-                time_ns=ended,
-                counted=counted,
+                ended_ns=ended,
+                counts=counts,
                 sent_ns=time_ns(),
             ),
             timeout,

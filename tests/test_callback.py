@@ -23,7 +23,7 @@ from ray import cloudpickle
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
-from swanlab_ray.actors.journal.reading import find_runs
+from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.observer import ObserverCallback, completions, connect, current
 from swanlab_ray.observer.history import archive

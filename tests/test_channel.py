@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from swanlab_ray.actors.journal.reading import find_runs, merged
 from swanlab_ray.actors.journal.records import Batch
 from swanlab_ray.actors.journal.writing import Journal
+from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.codec import decode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER, Completions, Scalars
@@ -114,7 +115,7 @@ def test_without_room_anywhere_the_loss_is_counted(
     assert len(link.steps()) == statistics.acknowledged
     assert link.steps() == sorted(set(link.steps()))
     assert link.steps()[-1] == 19_999  # the oldest go first
-    assert link.goodbyes[0].counted.dropped == statistics.dropped
+    assert link.goodbyes[0].counts.dropped == statistics.dropped
 
 
 def test_what_cannot_be_sent_at_the_end_is_on_this_machine_s_disk(link: ShakyLink, observer: Observer) -> None:
@@ -218,7 +219,7 @@ def test_a_wrong_step_warns_once_and_raises_when_strict(
     assert said == ([sentence] if step == -1 else [sentence, other])
     assert relaxed.finish()
     assert not link.taken
-    assert link.goodbyes[0].counted.refused == 3
+    assert link.goodbyes[0].counts.refused == 3
     strict = Observer(ObserverSettings(project="p", log_dir=tmp_path, strict=True), Identity(0, 1, 0, 1), ShakyLink())
     with pytest.raises(ValueError, match="step"):
         strict.log({"x": 1}, step)
@@ -357,7 +358,7 @@ def test_a_rank_is_heard_while_the_writer_s_disk_takes_nothing(tmp_path: Path, m
     assert observer.wait_ready(10)
     for step in range(100):
         observer.log({"x": step}, step)
-    member = cluster.find()._ranks[0]
+    member = cluster.find()._members.ranks[0]
     wait_until(lambda: member.next_seq == WINDOW)
     for step in range(100, 103):
         observer.log({"x": step}, step)
@@ -584,4 +585,4 @@ def test_a_thread_that_logs_on_while_a_run_ends_holds_that_up_not(link: ShakyLin
     assert (statistics.waiting, statistics.spooled) == (0, 0)
     assert statistics.logged == statistics.acknowledged + late
     assert link.steps() == list(range(statistics.acknowledged))
-    assert link.goodbyes[0].counted.dropped.get(channel_module.LATE, 0) <= late
+    assert link.goodbyes[0].counts.dropped.get(channel_module.LATE, 0) <= late

@@ -15,11 +15,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from swanlab_ray.actors.journal.reading import find_runs
 from swanlab_ray.actors.journal.writing import Journal
-from swanlab_ray.actors.wire.messages import Counted, Sign
+from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.wire.messages import Counts, Fenced, Sign
 from swanlab_ray.actors.writer import actor as writer_module
-from swanlab_ray.actors.writer.actor import Fenced, Writer
+from swanlab_ray.actors.writer.actor import Writer
 from swanlab_ray.observer.history import archive
 from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.observer import Observer
@@ -189,9 +189,9 @@ def test_two_incarnations_alive_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert old is not None
     new = Writer("r", cluster.settings)
     observer.log({"x": 1}, 1)
-    wait_until(lambda: old._fenced)
+    wait_until(lambda: old._journal.fenced)
     with pytest.raises(Fenced):
-        old.ingest(Sign(0, observer._life, Counted(0, 0, {})))
+        old.ingest(Sign(0, observer._life, Counts()))
     with pytest.raises(Fenced):
         old.hello(observer._hello(0))
     assert observer.statistics().acknowledged == 1

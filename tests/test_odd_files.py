@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from swanlab_ray.actors.journal import framing
-from swanlab_ray.actors.journal.reading import find_runs
+from swanlab_ray.actors.journal.files import run_directory
 from swanlab_ray.actors.journal.records import VERSION, Alert, Entry
-from swanlab_ray.actors.journal.writing import run_directory
+from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.observer import observer as observer_module
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.history import archive

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from swanlab_ray.actors.journal import writing as journal_module
 from swanlab_ray.actors.journal.batches import BatchReader
-from swanlab_ray.actors.journal.reading import find_runs, merged
 from swanlab_ray.actors.journal.records import Batch
+from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.wire.events import Scalars
 from swanlab_ray.actors.wire.messages import WINDOW
 from swanlab_ray.actors.writer import actor as writer_module
@@ -99,7 +100,7 @@ class Job:
             assert account.spooled == sum(account.dropped.values()) == 0
         assert self.cluster.writer is not None
         assert self.cluster.writer.status().received == RANKS * self.logged
-        reducer: Any = self.cluster.writer._reducer
+        reducer: Any = self.cluster.writer._parts.reducer
         steps = [step for step, _ in reducer.sink.rows]
         assert steps == sorted(steps)
 

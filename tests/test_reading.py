@@ -10,23 +10,12 @@ from typing import Any
 import pytest
 
 from swanlab_ray.actors.journal.framing import frame
-from swanlab_ray.actors.journal.reading import (
-    TERMINATED,
-    Damaged,
-    Life,
-    Summary,
-    ending,
-    entries,
-    find_runs,
-    ledger,
-    summarise,
-)
+from swanlab_ray.actors.journal.reading import Damaged, entries
 from swanlab_ray.actors.journal.records import (
     Alert,
     Arrived,
     Batch,
     Closed,
-    Counts,
     Delivered,
     Ended,
     Entry,
@@ -38,8 +27,13 @@ from swanlab_ray.actors.journal.records import (
     UnknownFormat,
     unpack,
 )
+from swanlab_ray.actors.runs.account import Account
+from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.runs.summary import Life, Summary, ending, ledger, summarise
+from swanlab_ray.actors.runs.verdict import TERMINATED
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import OUTCOME, SCALARS, USER, Outcome
+from swanlab_ray.actors.wire.messages import Counts
 from swanlab_ray.observer.encoding.numbers import encode
 from tests.journals import write_file
 
@@ -86,11 +80,11 @@ def test_the_ledger_of_a_rank_adds_up_its_lives() -> None:
         Life(events=7, ended=ended(0, "success", logged=6, spooled=1, dropped={"full": 10}, refused=1)),
         Life(events=2),
     ]
-    assert ledger(lives) == (
+    assert ledger(lives) == Account(
         14,
         Counts(logged=11 + 7 + 2, spooled=3, dropped={"full": 13, "late": 1}, refused=5),
     )
-    assert ledger([]) == (0, Counts())
+    assert ledger([]) == Account()
 
 
 def test_each_batch_counts_once_and_what_is_missing_is_named() -> None:

@@ -14,16 +14,16 @@ import pytest
 from click.testing import CliRunner
 
 from swanlab_ray.actors.completions.tables import Table
-from swanlab_ray.actors.journal import on_disk
 from swanlab_ray.actors.journal import writing as journal_module
+from swanlab_ray.actors.journal.files import Disk, journal_files
 from swanlab_ray.actors.journal.reading import Damaged, entries
 from swanlab_ray.actors.journal.records import Arrived, Batch, Ended, Finished, Returned, Tick
 from swanlab_ray.actors.journal.seen import Numbers
-from swanlab_ray.actors.journal.writing import Disk, journal_files
+from swanlab_ray.actors.membership import on_disk
 from swanlab_ray.actors.reduction.reduction import Reduction
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER
-from swanlab_ray.actors.wire.messages import Counted, Goodbye
+from swanlab_ray.actors.wire.messages import Counts, Goodbye
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.encoding.numbers import Deferred, encode
 from swanlab_ray.observer.history import archive
@@ -170,7 +170,7 @@ def test_a_writer_that_is_restarted_while_the_disk_refuses_reads_the_history(
     monkeypatch.setattr(MortalDisk, "create", real)
     observer.log({"x": 5}, 5)
     assert observer.finish()
-    rows: Any = writer._reducer.sink.rows if writer._reducer else []  # type: ignore[attr-defined]
+    rows: Any = writer._parts.reducer.sink.rows  # type: ignore[attr-defined]
     assert [step for step, _ in rows] == [0, 1, 2, 3, 4, 5]
 
 
@@ -233,7 +233,7 @@ class LosesFarewell(Link):
     def goodbye(self, goodbye: Goodbye, wait: float) -> Any:
         super().goodbye(goodbye, wait)
         writer = self.cluster.find()
-        if writer._end is not None:
+        if writer._ending.outcome is not None:
             wait_until(lambda: writer.status().closed)
             self.cluster.kill()
         raise LinkBroken("the answer is lost")
@@ -543,8 +543,8 @@ def test_a_goodbye_counts_what_was_dropped(tmp_path: Path) -> None:
             life=observer._life,
             state="success",
             error=None,
-            time_ns=1,
-            counted=Counted(11, 3, {"a reason": 7}),
+            ended_ns=1,
+            counts=Counts(logged=11, spooled=3, dropped={"a reason": 7}),
         )
     )
     wait_until(lambda: writer.status().closed)

@@ -114,7 +114,7 @@ def test_every_rank_s_rows_arrive_once_and_change_nothing(
         for algorithm, trained in result.items():
             assert trained["weights"][0] == trained["weights"][1], algorithm
             assert trained["logs"][0] == trained["logs"][1], algorithm
-    from swanlab_ray.actors.journal.reading import find_runs
+    from swanlab_ray.actors.runs.finding import find_runs
 
     (run,) = find_runs([tmp_path])
     rows = list(transcripts.completions(run))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from swanlab_ray.actors.writer.actor import RunEnded
+from swanlab_ray.actors.wire.messages import RunEnded
 from swanlab_ray.observer import session
 from swanlab_ray.observer.ray_cluster import patches, sharing
 from swanlab_ray.observer.transport import link

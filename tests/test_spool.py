@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from swanlab_ray.actors.journal.files import Disk
 from swanlab_ray.actors.journal.framing import frame
-from swanlab_ray.actors.journal.reading import find_runs, merged
 from swanlab_ray.actors.journal.records import Batch, Ended, pack
-from swanlab_ray.actors.journal.writing import Disk
+from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.observer.transport import spool as spool_module
 from swanlab_ray.observer.transport.spool import Spool
 from tests.incarnations import settings_for

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from swanlab_ray.actors.membership.members import Member
 from swanlab_ray.actors.wire.events import Stacks
-from swanlab_ray.actors.wire.messages import BEAT_S, Doing, Hello
+from swanlab_ray.actors.wire.messages import BEAT_S, Doing, Process
 from swanlab_ray.actors.wire.status import Hang
 
 LONG_PHASES = ("evaluate", "checkpoint")
@@ -110,7 +110,7 @@ class Health:
         """The hang that was told and is going on."""
         return self._hang.told if self._hang else None
 
-    def doing(self, hello: Hello, now: float) -> Doing | None:
+    def doing(self, hello: Process, now: float) -> Doing | None:
         """What a rank does now, as far as it said."""
         known = self._ranks.get(hello.rank)
         if known is None or known.life != hello.life:

@@ -9,10 +9,14 @@ from swanlab_ray.actors.notify.messages import RESTARTED
 
 
 class Restarts:
-    """Kept by the writer, whose lock guards it."""
+    """Kept by the writer, whose lock guards it.
 
-    def __init__(self) -> None:
-        self.count = 0
+    Args:
+        count: times that the job was started again, as its journal tells.
+    """
+
+    def __init__(self, count: int = 0) -> None:
+        self.count = count
         """Times that the job was started again."""
         self.awaited: set[int] = set()
         """Ranks that were not started again yet, since then."""

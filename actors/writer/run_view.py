@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from queue import SimpleQueue
-
-from swanlab_ray.actors.delivery.sink import stderr
-from swanlab_ray.actors.journal.records import Batch, Entry
-from swanlab_ray.actors.journal.writing import Position
-from swanlab_ray.actors.wire.codec import decode_batch
+from swanlab_ray.actors.health.hangs import Health
+from swanlab_ray.actors.journal.records import Batch
+from swanlab_ray.actors.membership.members import RankView
+from swanlab_ray.actors.membership.membership import Membership
+from swanlab_ray.actors.wire.codec import Rejected
 from swanlab_ray.actors.wire.events import JOB, RANK, Event, Outcome, Progress, Scalars, Stacks
 
 LEARNING_RATES = {"learning_rate", "train/learning_rate", "lr"}
@@ -20,111 +14,33 @@ LEARNING_RATES = {"learning_rate", "train/learning_rate", "lr"}
 REJECTED = 1000
 """Names of values that are not logged, of which each is told; the rest is counted."""
 
-Forward = Callable[[Entry, "list[Event] | None", Position], None]
 
-
-@dataclass(slots=True)
-class RankView:
-    """What the events of one life of a rank say about it."""
-
-    life: str
-    step: int | None = None
-    loss: float | None = None
-    own_loss: bool = False
-    """``loss`` is the rank's own, not one reduced over ranks."""
-    step_time: float | None = None
-    outcome: Outcome | None = None
-    notices: list[str] = field(default_factory=list)
-    """Sentences for the user of this rank that were not sent to it yet."""
-    told: list[str] = field(default_factory=list)
-    """Those that were: an answer may be lost, so it hears them again with the answer to its goodbye."""
-
-
-class Views:
-    """Decodes what is committed, in order, looks at it, and passes it on.
+class RunView:
+    """Looks at the events of each batch.
 
     Args:
-        forward: ``forward(entry, events, position)`` takes everything, with a batch's events decoded.
-        on_stacks: ``on_stacks(rank, life, stacks)`` takes where a rank stands.
+        members: whose events they are.
+        health: is told where ranks stand.
     """
 
-    def __init__(self, forward: Forward, on_stacks: Callable[[int, str, Stacks], None]) -> None:
-        self.ranks: dict[int, RankView] = {}
+    def __init__(self, members: Membership, health: Health) -> None:
+        self._members = members
+        self._health = health
         self.job = Progress(0, 0)
         self.loss: float | None = None
         """The job's latest loss: the Trainer's or the user's."""
         self.learning_rate: float | None = None
         self.rejected = 0
-        self._forward = forward
-        self._on_stacks = on_stacks
+        """Values and events that are not logged, since they are no numbers or not understood."""
         self._rejected_keys: set[tuple[str, str]] = set()
-        self._queue: SimpleQueue[tuple[float, Entry, Position] | threading.Event] = SimpleQueue()
-        self._oldest: float | None = None
-        self._counting = threading.Lock()
-        self.backlog = 0
-        """Bytes of batches that wait here."""
-        threading.Thread(target=self._work, name="views", daemon=True).start()
 
-    def put(self, committed: list[tuple[Entry, Position]]) -> None:
-        """Queue entries. Never blocks."""
-        now = time.monotonic()
-        with self._counting:
-            self.backlog += sum(len(entry.data) for entry, _ in committed if isinstance(entry, Batch))
-        for entry, position in committed:
-            self._queue.put((now, entry, position))
-
-    def restart_rank(self, rank: int, life: str) -> RankView:
-        """A rank's new life begins."""
-        view = self.ranks[rank] = RankView(life)
-        return view
-
-    def behind(self) -> float:
-        """Seconds since the oldest of what waits here was committed."""
-        oldest = self._oldest
-        return time.monotonic() - oldest if oldest is not None else 0.0
-
-    def settled(self, timeout: float) -> bool:
-        """Wait until all that is queued now was looked at."""
-        done = threading.Event()
-        self._queue.put(done)
-        return done.wait(timeout)
-
-    def _work(self) -> None:
-        while True:
-            if self._queue.empty():
-                self._oldest = None
-            item = self._queue.get()
-            if isinstance(item, threading.Event):
-                item.set()
-                continue
-            self._oldest, entry, position = item
-            events = None
-            if isinstance(entry, Batch):
-                with self._counting:
-                    self.backlog -= len(entry.data)
-                try:
-                    events = self._look(entry)
-                except Exception:
-                    stderr(traceback.format_exc())
-            try:
-                self._forward(entry, events, position)
-            except Exception:
-                stderr(traceback.format_exc())
-
-    def _look(self, batch: Batch) -> list[Event]:
-        events, rejected = decode_batch(batch.data)
-        view = self.ranks.get(batch.rank)
-        if view is None or view.life != batch.life:
-            return events  # of a life that is over
-        for bad in rejected:
-            # Of names one sentence each; of whole events, which have none, one for each reason.
-            key = (bad.key, bad.reason if bad.whole else "")
-            if key in self._rejected_keys or len(self._rejected_keys) > REJECTED:
-                continue
-            self._rejected_keys.add(key)
-            more = f"More than {REJECTED} names are not logged; the rest of them are counted, and not told."
-            view.notices.append(bad.sentence if len(self._rejected_keys) <= REJECTED else more)
-        self.rejected += len(rejected)
+    def look(self, batch: Batch, events: list[Event], rejected: list[Rejected]) -> None:
+        """See what a batch says."""
+        member = self._members.ranks.get(batch.rank)
+        if member is None or member.hello.life != batch.life:
+            return  # of a life that is over
+        view = member.view
+        self._reject(view, rejected)
         for event in events:
             match event:
                 case Scalars():
@@ -136,8 +52,19 @@ class Views:
                 case Outcome():
                     view.outcome = event
                 case Stacks():
-                    self._on_stacks(batch.rank, batch.life, event)
-        return events
+                    with self._members.lock:
+                        self._health.take(batch.rank, batch.life, event)
+
+    def _reject(self, view: RankView, rejected: list[Rejected]) -> None:
+        for bad in rejected:
+            # Of names one sentence each; of whole events, which have none, one for each reason.
+            key = (bad.key, bad.reason if bad.whole else "")
+            if key in self._rejected_keys or len(self._rejected_keys) > REJECTED:
+                continue
+            self._rejected_keys.add(key)
+            more = f"More than {REJECTED} names are not logged; the rest of them are counted, and not told."
+            view.notices.append(bad.sentence if len(self._rejected_keys) <= REJECTED else more)
+        self.rejected += len(rejected)
 
     def _look_at(self, rank: int, view: RankView, scalars: Scalars) -> None:
         """Keep the latest step, loss and step time for the status."""

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from swanlab_ray.actors.journal.records import Ended, Entry
-from swanlab_ray.actors.membership.members import arrived, counts_of
+from swanlab_ray.actors.journal.records import Arrived, Ended, Entry
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.messages import (
     BATCH_BYTES,
@@ -30,7 +29,7 @@ from swanlab_ray.actors.wire.messages import (
     EVENTS_PER_BATCH,
     WINDOW,
     Ack,
-    Counted,
+    Counts,
     Farewell,
     Goodbye,
     Hello,
@@ -193,7 +192,7 @@ class Channel:
         self._sign: tuple[Any, float] | None = None  # one without a batch: the reference of its answer, and when
         self._last_sign = 0.0
         self._wake = threading.Event()
-        self._goodbye: Callable[[Counted], Goodbye] | None = None
+        self._goodbye: Callable[[Counts], Goodbye] | None = None
         self._finishing = self._deadline = math.inf  # monotonic: when finish() was called, and its deadline
         self.last_error: str | None = None
         self.outcome: WriterStatus | None = None
@@ -256,7 +255,7 @@ class Channel:
             with self._counting:
                 self._flushing -= 1
 
-    def finish(self, goodbye: Callable[[Counted], Goodbye], timeout: float) -> bool:
+    def finish(self, goodbye: Callable[[Counts], Goodbye], timeout: float) -> bool:
         """Send what is left, say goodbye, and wait; the last rank waits until the run is closed.
 
         Args:
@@ -667,9 +666,14 @@ class Channel:
         with self._away():
             return self._link.ingest(sign, batch)
 
-    def _counted(self) -> Counted:
+    def _counted(self) -> Counts:
         statistics = self.statistics()
-        return Counted(statistics.logged, statistics.spooled, statistics.dropped, self._refused)
+        return Counts(
+            logged=statistics.logged,
+            spooled=statistics.spooled,
+            dropped=statistics.dropped,
+            refused=self._refused,
+        )
 
     def _say_goodbye(self) -> None:
         assert self._goodbye is not None
@@ -735,19 +739,9 @@ class Channel:
         """For whoever puts spool and journal together: perhaps no writer will ever hear of this rank."""
         # Not while another thread waits for it: so would this one.
         greeting = self._greeting or (self._hello(0) if self._opening is None else None)
-        entries: list[Entry] = [arrived(greeting)] if greeting else []
+        entries: list[Entry] = [Arrived.of(greeting)] if greeting else []
         if self._goodbye is not None:
-            said = self._goodbye(self._counted())
-            entries.append(
-                Ended(
-                    rank=said.rank,
-                    life=said.life,
-                    state=said.state,
-                    error=said.error,
-                    ended_ns=said.time_ns,
-                    counts=counts_of(said.counted),
-                )
-            )
+            entries.append(Ended.of(self._goodbye(self._counted())))
         return entries
 
     def _leave(self) -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from swanlab_ray.actors.journal import framing
+from swanlab_ray.actors.journal.files import Appender, Disk, journal_files, run_directory
 from swanlab_ray.actors.journal.records import Batch, Entry, Header, pack, unpack
-from swanlab_ray.actors.journal.writing import Appender, Disk, journal_files, run_directory
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.version import package_version
 
