@@ -35,7 +35,7 @@ class Job:
 
     def __init__(self, ranks: int = 4, timeout: float = TIMEOUT) -> None:
         self.states: dict[int, str] = {}
-        self.health = Health(timeout, lambda member: self.states.get(member.hello.rank))
+        self.health = Health(timeout, lambda member: self.states.get(member.process.rank))
         self.now = 1000.0
         self.unix = 1e9  # what the clock says beyond that
         self.moved = dict.fromkeys(range(ranks), self.now)

@@ -35,7 +35,7 @@ def notice_lost(members: Membership, timeout: float, clock: Timeline, now: float
             # It was heard every BEAT_S at least, so it fell about then; its peers' errors came of it.
             member.lose(why, clock.now_ns() - int((silent - BEAT_S / 2) * 1e9))
             member.heed_outcome()
-            log(f"rank {member.hello.rank} is gone: {member.state}{' - ' + member.error if member.error else ''}")
+            log(f"rank {member.process.rank} is gone: {member.state}{' - ' + member.error if member.error else ''}")
             members.note_end(member)
 
 

@@ -36,7 +36,7 @@ class RankView:
 class Member:
     """A rank's membership in the run."""
 
-    hello: Process
+    process: Process
     """What it said of itself."""
     heard: float  # monotonic
     view: RankView = field(default_factory=RankView)
@@ -90,8 +90,8 @@ class Member:
         """The journal's record of how this life ended."""
         assert self.state != "running"
         return Ended(
-            rank=self.hello.rank,
-            life=self.hello.life,
+            rank=self.process.rank,
+            life=self.process.life,
             state=self.state,
             error=self.error,
             ended_ns=self.ended_ns,
@@ -102,10 +102,10 @@ class Member:
         """What there is to show; ``now`` is monotonic, ``doing`` is of now."""
         account = self.account()
         return RankStatus(
-            rank=self.hello.rank,
-            host=self.hello.host,
-            pid=self.hello.pid,
-            gpu=self.hello.gpu,
+            rank=self.process.rank,
+            host=self.process.host,
+            pid=self.process.pid,
+            gpu=self.process.gpu,
             state=self.state,
             step=self.view.step,
             loss=self.view.loss,
@@ -127,9 +127,9 @@ def verdict(members: Mapping[int, Member], world_size: int) -> tuple[State, str 
     bad = failures(members.values())
     if bad:
         first = bad[0]
-        where = f"rank {first.hello.rank} ({first.hello.host}, pid {first.hello.pid})"
+        where = f"rank {first.process.rank} ({first.process.host}, pid {first.process.pid})"
         if first.state == "lost":
-            also = ", ".join(str(r.hello.rank) for r in bad[1:] if r.state == "lost")
+            also = ", ".join(str(r.process.rank) for r in bad[1:] if r.state == "lost")
             return "crashed", f"{where} was lost: {first.error}" + (f"; then lost: rank {also}" if also else "")
         return state_of(first), f"{where}: {first.error or first.state}"
     if set(members) == {0}:

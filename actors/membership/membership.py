@@ -84,7 +84,7 @@ class Membership:
 
     def _life(self, rank: int, life: str) -> Member | None:
         member = self.ranks.get(rank)
-        if member is None or member.hello.life != life:
+        if member is None or member.process.life != life:
             replaced, member = self._replaced.get(rank, ("", None))
             member = member if replaced == life else None
         return member
@@ -113,7 +113,7 @@ class Membership:
             Unknown: the rank did not say hello to this incarnation.
         """
         member = self.ranks.get(sign.rank)
-        if member is None or member.hello.life != sign.life or member.restored:
+        if member is None or member.process.life != sign.life or member.restored:
             raise Unknown(f"rank {sign.rank} has not said hello to this writer in this life")
         member.heard, member.counted = now, sign.counted
         member.skew.heard(sign.sent_ns, self._clock.now_ns())
@@ -135,7 +135,7 @@ class Membership:
         if self.sessions.over is not None and not self.ranks:
             self._look_back(hello)
         known = self.ranks.get(hello.rank)
-        if known is None or known.hello.life != hello.life:
+        if known is None or known.process.life != hello.life:
             replaced = self._replaced.get(hello.rank, ("", None))[0] == hello.life
             declined = self._newcomers.decline(hello, self.ranks, replaced, now)
             if declined is not None:
@@ -147,7 +147,7 @@ class Membership:
             self._come_back(known)
         if known.restored or not known.next_seq:  # it has sent nothing to this incarnation
             self._take_up(hello, known)
-        known.hello, known.heard, known.restored, known.left = hello, now, False, False
+        known.process, known.heard, known.restored, known.left = hello, now, False, False
         known.skew.heard(hello.sent_ns, self._clock.now_ns())
         return known
 
@@ -199,14 +199,14 @@ class Membership:
 
     def _change_world(self, hello: Hello, alone: bool) -> None:
         others = [member for member in self.ranks.values() if member.state == "running" and not member.restored]
-        agreed = alone or all(member.hello.world_size == hello.world_size for member in others)
+        agreed = alone or all(member.process.world_size == hello.world_size for member in others)
         self.world_size = hello.world_size if agreed else max(self.world_size, hello.world_size)
         for number in [number for number in self.ranks if number >= self.world_size]:  # of a larger world that is gone
             self._replace(self.ranks.pop(number), f"the job goes on with {self.world_size} ranks")
 
     def _replace(self, member: Member, why: str) -> None:
         """Another process has come in its place, or nobody will."""
-        self._replaced[member.hello.rank] = member.hello.life, member
+        self._replaced[member.process.rank] = member.process.life, member
         if member.state == "running":
             member.lose(why, self._clock.now_ns())
             self.note_end(member)
@@ -214,7 +214,7 @@ class Membership:
     def _come_back(self, member: Member) -> None:
         """A rank that counted as lost, or had said how it would end, is heard again."""
         member.state, member.error = "running", None
-        self._journal.append(Returned(rank=member.hello.rank, life=member.hello.life))
+        self._journal.append(Returned(rank=member.process.rank, life=member.process.life))
 
     def _take_up(self, hello: Hello, member: Member) -> None:
         """Begin where this rank's batches on disk end, as far as it can send what follows."""

@@ -26,7 +26,7 @@ class Restarts:
         """A rank was started again; the sentence that tells it, once for all ranks of the job."""
         if earlier.state == "success":
             return None
-        number = earlier.hello.rank
+        number = earlier.process.rank
         if self._again and number not in self._again:
             self._again.add(number)
             return None
@@ -40,4 +40,4 @@ class Restarts:
 
     def may_follow(self, ranks: Mapping[int, Member]) -> bool:
         """Whether the launcher has starts left, as far as ranks know."""
-        return any(r.hello.restarts > max(self.count, r.hello.attempt) for r in ranks.values())
+        return any(r.process.restarts > max(self.count, r.process.attempt) for r in ranks.values())

@@ -122,7 +122,7 @@ class Writer:
         self._members.last_batch = member.heard
         if batch.seq == member.next_seq and waiting < BACKLOG_BYTES:
             member.next_seq += 1
-            rank, life = member.hello.rank, member.hello.life
+            rank, life = member.process.rank, member.process.life
             self._journal.append(Batch(rank, life, batch.seq, time.time_ns(), batch.events, batch.data))
 
     @ray.method(concurrency_group="goodbye")
@@ -139,7 +139,7 @@ class Writer:
             self._check_not_fenced()
             member = self._members.ranks.get(goodbye.rank)
             notices = []
-            if member is not None and member.hello.life == goodbye.life:
+            if member is not None and member.process.life == goodbye.life:
                 if self._ending.outcome is not None and member.state == "lost":
                     raise Unknown(f"rank {goodbye.rank} must say hello again")
                 self._members.leave(member, goodbye)
@@ -177,7 +177,7 @@ class Writer:
 
     def _take_notices(self, member: Member) -> list[str]:
         notices, member.view.notices = member.view.notices, []
-        if member.hello.rank == 0:
+        if member.process.rank == 0:
             notices = notices + self._parts.notices.take()
         member.view.told += notices
         return notices

@@ -32,7 +32,7 @@ class Report:
 
     def _status(self, now: float) -> WriterStatus:
         members = [member for _, member in sorted(self._parts.members.ranks.items())]
-        ranks = [member.status(now, self._parts.health.doing(member.hello, now)) for member in members]
+        ranks = [member.status(now, self._parts.health.doing(member.process, now)) for member in members]
         accounts = [member.account().counts for member in members]
         losses = [rank.loss for rank in ranks if rank.loss is not None]
         loss, reducer, sink = self._parts.view.loss, self._parts.reducer, self._parts.reducer.sink

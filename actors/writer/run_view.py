@@ -37,7 +37,7 @@ class RunView:
     def look(self, batch: Batch, events: list[Event], rejected: list[Rejected]) -> None:
         """See what a batch says."""
         member = self._members.ranks.get(batch.rank)
-        if member is None or member.hello.life != batch.life:
+        if member is None or member.process.life != batch.life:
             return  # of a life that is over
         view = member.view
         self._reject(view, rejected)
