@@ -18,7 +18,18 @@ from swanlab_ray.actors.reduction.aggregate import DEADLINE_S, PATIENCE_S
 from swanlab_ray.actors.reduction.clock import LEAP_S, Clock
 from swanlab_ray.actors.reduction.reduction import Reduction
 from swanlab_ray.actors.wire.codec import encode_batch
-from swanlab_ray.actors.wire.events import PROGRESS, RANK, SCALARS, USER, Config, Event, Progress, Scalars, Spans
+from swanlab_ray.actors.wire.events import (
+    PROGRESS,
+    RANK,
+    SCALARS,
+    USER,
+    Completions,
+    Config,
+    Event,
+    Progress,
+    Scalars,
+    Spans,
+)
 from swanlab_ray.actors.wire.status import REPEATED
 from swanlab_ray.observer.encoding.numbers import encode
 from tests.incarnations import settings_for
@@ -290,6 +301,41 @@ def test_a_loop_that_rolls_back_to_its_checkpoint_replaces_what_it_runs_again() 
     assert run.points["loss"] == dict.fromkeys(range(21), 100.0) | dict.fromkeys(range(21, 41), 201.0)
     assert (run.reduction.late, run.reduction.repeated, run.told) == (0, 0, [])
     assert run.reduction.rewound
+
+
+def test_a_new_life_may_go_back_too_to_any_step_but_its_first() -> None:
+    run = Reduced(world=1)
+    for step in range(15):
+        run.log(0, step, x=1.0)
+    run.arrive(0, "b0", 1)
+    for step, value in ((10, 2.0), (11, 2.0), (12, 2.0), (11, 3.0), (12, 3.0), (13, 3.0)):
+        run.send(0, (SCALARS, step, 1, USER, {"x": value}), life="b0")
+    assert [run.points["x"][step] for step in range(9, 15)] == [1.0, 2.0, 3.0, 3.0, 3.0, 1.0]
+    assert (run.reduction.repeated, run.reduction.late) == (0, 0)
+    run.send(0, (SCALARS, 10, 1, USER, {"x": 4.0}), life="b0")
+    assert (run.points["x"][10], run.reduction.repeated) == (2.0, 1)
+
+
+def test_what_waits_is_seen_and_what_was_held_back_comes_at_the_end() -> None:
+    run = Reduced()
+    assert [run.reduction.waiting] == [False]
+    run.log(0, 1, x=1.0)
+    assert [run.reduction.waiting] == [True]
+    run.log(1, 1, x=1.0)
+    assert [run.reduction.waiting] == [False]
+    run.take(0, [spans(step=[2]), spans(step=[3])])
+    assert [run.reduction.waiting] == [True]
+    run.take(1, [spans(step=[2]), spans(step=[3])])
+    assert [run.reduction.waiting] == [False]
+    run.take(0, [Completions(3, 1, "", "", 0, {"text": ["a"]})])
+    assert [run.reduction.waiting] == [True]
+    run.seq["a1"] += 1  # of which nothing came: what follows is held
+    run.log(1, 9, y=5.0)
+    assert "y" not in run.points
+    run.reduction.flush()
+    assert run.points["y"] == {9: 5.0}
+    assert [table.rows for table in run.tables] == [[[3, 0, "a"]]]
+    assert [run.reduction.waiting] == [False]
 
 
 def test_a_trainer_that_is_resumed_in_its_process_says_so() -> None:
