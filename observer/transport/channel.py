@@ -41,7 +41,7 @@ from swanlab_ray.observer.encoding.numbers import Deferred
 from swanlab_ray.observer.job.doing import Pulse
 from swanlab_ray.observer.script.notices import logger, warn_once
 from swanlab_ray.observer.transport.link import CALL_DEADLINE_S, Hopeless, LinkBroken, NotNow, RunOver
-from swanlab_ray.observer.transport.opening import Opening
+from swanlab_ray.observer.transport.connection import Opening
 from swanlab_ray.observer.transport.spool import Spool, how_to_upload
 
 CAPACITY = 65_536
