@@ -29,7 +29,7 @@ from swanlab_ray.actors.writer.actor import Writer
 from swanlab_ray.actors.writer.parts import Parts
 from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.observer import Observer
-from swanlab_ray.observer.transport.channel import Link as LinkProtocol
+from swanlab_ray.observer.transport.connection import Link as LinkProtocol
 from swanlab_ray.observer.transport.link import LinkBroken, welcomed
 
 

@@ -419,7 +419,7 @@ def test_a_hang_is_told_once_and_that_it_is_over(tmp_path: Path, monkeypatch: py
     """Two ranks of this process, one of which stands still: cards, the journal's alerts, and the stacks in it."""
     mortal(monkeypatch)
     monkeypatch.setattr("swanlab_ray.actors.writer.ticker.STATUS_LINE_S", 0.2)
-    monkeypatch.setattr("swanlab_ray.observer.transport.channel.BEAT_S", 0.1)
+    monkeypatch.setattr("swanlab_ray.observer.transport.window.BEAT_S", 0.1)
     monkeypatch.setattr("swanlab_ray.actors.health.hangs.FIRST_STEPS", 1)
     with LarkGroup() as group:
         bot = {"lark_webhook_url": group.url, "lark_secret": group.secret}

@@ -39,7 +39,8 @@ from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.history import archive
 from swanlab_ray.observer.job.identity import Identity, Launch
 from swanlab_ray.observer.observer import Observer
-from swanlab_ray.observer.transport import channel as channel_module
+from swanlab_ray.observer.transport import flusher as flusher_module
+from swanlab_ray.observer.transport import window as window_module
 from swanlab_ray.observer.transport.link import LinkBroken, RayLink
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, logged_in, mortal, rank, settings_for
@@ -55,8 +56,8 @@ NOTHING = Counts()
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     mortal(monkeypatch)
-    monkeypatch.setattr(channel_module, "RETRY_S", (0.01, 0.05))
-    monkeypatch.setattr(channel_module, "BEAT_S", 0.05)
+    monkeypatch.setattr(flusher_module, "RETRY_S", (0.01, 0.05))
+    monkeypatch.setattr(window_module, "BEAT_S", 0.05)
     monkeypatch.setattr(newcomers_module, "BEAT_S", 0.05)
     monkeypatch.setattr(newcomers_module, "QUIET_S", 0.6)
     monkeypatch.setattr(lost, "FAILED_RANK_GRACE_S", 0.5)
@@ -124,7 +125,7 @@ def started_by(launch: Launch, patch: pytest.MonkeyPatch, make: Callable[[], Obs
     """A rank of that launch."""
     patch.setattr("swanlab_ray.observer.observer.which_launch", lambda: launch)
     observer = make()
-    observer._channel._hello(0)  # it is asked once
+    observer._hello(0)  # it is asked once
     return observer
 
 
@@ -644,7 +645,7 @@ def test_a_hello_holds_no_secret(tmp_path: Path) -> None:
     key = "a-key-that-nobody-reads"
     cluster = Cluster(settings_for(tmp_path, api_key=key))
     observer = rank(cluster, Link(cluster))
-    hello = observer._channel._hello(0)
+    hello = observer._hello(0)
     assert hello.settings is not None
     assert hello.settings["project"] == "p"
     assert key not in repr(hello) + str(hello.settings)

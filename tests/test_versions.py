@@ -33,7 +33,7 @@ from swanlab_ray.observer import sync
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.history import archive
-from swanlab_ray.observer.transport import channel
+from swanlab_ray.observer.transport import batches
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.journals import write_journal
@@ -123,7 +123,7 @@ def test_a_live_writer_says_so_once_and_goes_on(tmp_path: Path, monkeypatch: pyt
     observer.log({"x": 0}, 0)
     assert observer.flush()
     writer = cluster.find()
-    monkeypatch.setattr(channel, "encode_batch", lambda events: b"\xc1 of another version")
+    monkeypatch.setattr(batches, "encode_batch", lambda events: b"\xc1 of another version")
     for step in (1, 2):
         observer.log({"x": step}, step)
         assert observer.flush()

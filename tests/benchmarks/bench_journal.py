@@ -85,7 +85,7 @@ def ours(sync: bool) -> tuple[float, float]:
     begin = time.perf_counter()
     for step in range(CALLS):
         observer.log(rows[step], step)
-        while len(observer._queue) > 50_000:  # a bounded deque: beyond 65,536 the oldest would be dropped
+        while len(observer._queue) > 50_000:  # it is bounded: beyond 65,536 the oldest would be dropped
             time.sleep(0.001)
     assert observer.flush(60)
     took = time.perf_counter() - begin

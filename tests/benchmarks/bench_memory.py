@@ -53,9 +53,9 @@ def away() -> None:
         if step % 10_000 == 0:
             highest = max(highest, megabytes())
             while len(observer._queue) > 50_000:  # the flusher of a real rank has ten minutes
-                observer._channel._wake.set()
+                observer._channel._flusher.wake.set()
                 time.sleep(0.001)
-    observer._channel._wake.set()
+    observer._channel._flusher.wake.set()
     counts = observer.statistics()
     (spool,) = settings.log_dir.rglob("spool-*.log")
     print(
