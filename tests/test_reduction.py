@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from swanlab_ray.actors.completions.tables import Table
@@ -141,6 +141,22 @@ def test_memory_of_what_is_written_is_bounded_also_with_thousands_of_names(monke
     run.send(1, (SCALARS, 0, 1, USER, names))
     assert all(value == 1.0 for value in run.points["n4999"].values())
     assert run.reduction._aggregator._values == 0
+
+
+def test_a_step_that_waits_is_not_forgotten_however_many_are_written_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a rank that counts something of its own while its loop runs a thousand steps a second."""
+    monkeypatch.setattr(written, "STEPS_KEPT", 1)
+    run = Reduced()
+    run.log(0, 1, b=0.0)
+    run.log(1, 2, b=1.0)
+    run.log(1, 0, b=2.0)
+    run.wait(3)
+    run.log(0, 2, b=3.0)
+    run.log(1, 0, b=4.0)
+    assert (run.reduction.repeated, run.reduction.late) == (1, 0)
+    run.log(0, 0, b=6.0)
+    assert run.points["b"] == {0: 4.0, 1: 0.0, 2: 2.0}
+    assert (run.points["rank/1/b"], run.points["rank/0/b"]) == ({0: 2.0, 2: 1.0}, {0: 6.0, 1: 0.0, 2: 3.0})
 
 
 def test_steps_of_their_own_are_reduced_over_all_ranks_however_far_the_training_is() -> None:
@@ -489,6 +505,7 @@ ENTRY = st.one_of(
 
 @settings(deadline=None, print_blob=True, max_examples=300)
 @given(st.lists(ENTRY, max_size=40), st.sampled_from([1, 3, 10_000]), st.integers(1, 3))
+@example([(0, 1, {"b"}), (1, 2, {"b"}), (1, 0, {"b"}), ("ticks",), (0, 2, {"b"}), (1, 0, {"b"})], 1, 2)
 def test_every_value_is_written_once_or_counted(entries: list[Any], kept: int, world: int) -> None:
     """Late, logged again, replaced while it waited, or in SwanLab: one of these, whatever comes in whatever order."""
     with pytest.MonkeyPatch.context() as patch:

@@ -20,7 +20,7 @@ from swanlab_ray.actors.wire.messages import End, Process
 
 VERSION = 1
 
-REDUCTION_VERSION = 2
+REDUCTION_VERSION = 3
 """Rises with every change of which rows the same entries reduce to: what was delivered is counted in rows."""
 
 _CONTROL, _BATCH = b"C", b"B"
