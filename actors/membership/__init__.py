@@ -1,1 +1,0 @@
-"""Who is in the run: ranks and their lives, restarts, jobs of a run, clocks."""
