@@ -19,7 +19,7 @@ from swanlab_ray.observer.looking.render import json_text, say, shown, terminal
 from swanlab_ray.observer.looking.streams import Command
 
 if TYPE_CHECKING:
-    from swanlab_ray.actors.journal.reading import RunFiles
+    from swanlab_ray.actors.runs.finding import RunFiles
     from swanlab_ray.observer.history.archive import Run
     from swanlab_ray.observer.history.upload import Synced
 
@@ -365,8 +365,8 @@ def _failure(sentence: str) -> click.ClickException:
 
 def _guarded(action: Callable[[], Any]) -> Any:
     """Do it; a problem of the user's becomes one sentence."""
-    from swanlab_ray.actors.delivery.experiment import CloudError
     from swanlab_ray.actors.journal.records import UnknownFormat
+    from swanlab_ray.actors.swanlab.experiment import CloudError
 
     try:
         return action()

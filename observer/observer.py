@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures.thread  # noqa: F401 - Ray needs it, and it cannot be imported once the interpreter is ending
-import operator
 import os
 import secrets
 import socket
@@ -14,14 +13,15 @@ from time import monotonic, time_ns
 from types import TracebackType
 from typing import Any, SupportsIndex, get_args
 
-from swanlab_ray.actors.journal.reading import TERMINATED
+from swanlab_ray.actors.runs.verdict import TERMINATED
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.events import COMPLETIONS, CONFIG, JOB, OUTCOME, PROGRESS, RANK, SCALARS, USER, State
 from swanlab_ray.actors.wire.locks import pid_namespace
 from swanlab_ray.actors.wire.messages import Goodbye, Hello
-from swanlab_ray.actors.wire.secret_shapes import hide, masked
+from swanlab_ray.actors.wire.secret_shapes import hide
 from swanlab_ray.actors.wire.status import WriterStatus, ending
 from swanlab_ray.actors.wire.version import package_version
+from swanlab_ray.observer.encoding.arguments import MOST, checked_step, readable, rows_of
 from swanlab_ray.observer.encoding.cells import columns_of
 from swanlab_ray.observer.encoding.numbers import Deferred, HostCopy, encode, salvage
 from swanlab_ray.observer.encoding.redact import configuration
@@ -36,22 +36,20 @@ from swanlab_ray.observer.job.identity import (
 )
 from swanlab_ray.observer.job.node_metrics import NodeMetrics
 from swanlab_ray.observer.script.ending import ExitWatch, describe
-from swanlab_ray.observer.script.never_raises import Wrong, never_raises, shown, str_of
+from swanlab_ray.observer.script.never_raises import Wrong, never_raises, shown
 from swanlab_ray.observer.script.notices import logger, warn_once
 from swanlab_ray.observer.script.sigterm import TerminationWatch
 from swanlab_ray.observer.timing.spans import NoSpan, Span, SpanLog
-from swanlab_ray.observer.transport.channel import CAPACITY, LARGE_BYTES, Channel, ChannelStatistics, Link
-from swanlab_ray.observer.transport.no_channel import NoChannel
+from swanlab_ray.observer.transport.channel import Channel, NoChannel
+from swanlab_ray.observer.transport.connection import Link
+from swanlab_ray.observer.transport.queue import SLOT_BYTES
 from swanlab_ray.observer.transport.spool import Spool
+from swanlab_ray.observer.transport.tally import ChannelStatistics
 
 FINISH_TIMEOUT_S = 90.0
 """How long ``finish()`` takes at most: SwanLab gets 60 s to close, the rest is for sending."""
 SIGTERM_S = 4.0
 """The same after SIGTERM; launchers wait 30 s before they send SIGKILL."""
-MOST = (1 << 63) - 1
-"""The highest step: what SwanLab can keep."""
-LONGEST_ERROR = 65_536
-"""Characters of an error that is given in words."""
 MOST_NAMED = 500
 """Wrong values and calls that are named in a warning; what else goes wrong is still told after them."""
 STRICT_CONNECT_S = 120.0
@@ -133,7 +131,7 @@ class Observer:
     @step.setter
     @never_raises(None)
     def step(self, step: int | None) -> None:
-        self.spans.step = None if step is None else self._checked_step(step)
+        self.spans.step = None if step is None else checked_step(step)
 
     @property
     def finished(self) -> bool:
@@ -160,7 +158,7 @@ class Observer:
                 self._log(data, step, USER)
                 return
             self._last_step = step
-            if len(self._queue) < CAPACITY and len(event) < LARGE_BYTES:
+            if len(self._queue) < self._queue.room and len(event) < SLOT_BYTES:
                 self._append(event)
             else:
                 self._put(event)
@@ -178,7 +176,7 @@ class Observer:
     @never_raises(None)
     def _log(self, data: Any, step: Any, scope: int) -> None:
         """The slow path: what cannot be logged is named, the rest is kept; values on a GPU are read by the flusher."""
-        number = self._checked_step(step)
+        number = self._step_of(step)
         if not isinstance(data, Mapping):
             raise Wrong(f"log {type(data)}", f"log() takes a dict of names and numbers, not {type(data).__name__}.")
         now = time_ns()
@@ -198,25 +196,8 @@ class Observer:
             return Deferred(copies, lambda: encode((SCALARS, step, now, scope, kept)))
         return encode((SCALARS, step, now, scope, kept)) if kept else None
 
-    def _checked_step(self, step: Any) -> int:
-        if step is None:
-            return min(self._last_step + 1, MOST)
-        try:
-            number = operator.index(step)
-        except Exception:
-            raise Wrong(
-                f"step {type(step)}",
-                f"step {shown(step)!r} is not a whole number: pass an int of 0 or more, or leave it out."
-                if isinstance(step, str)
-                else f"step {shown(step)} is not a whole number: pass an int of 0 or more, or leave it out.",
-            ) from None
-        if number < 0:
-            raise Wrong("step < 0", f"step {shown(number)} is negative: pass an int of 0 or more, or leave it out.")
-        if number > MOST:
-            raise Wrong(
-                "step > 63 bits", f"A step has {number.bit_length()} bits, 63 are the most: pass a smaller one."
-            )
-        return number
+    def _step_of(self, step: Any) -> int:
+        return min(self._last_step + 1, MOST) if step is None else checked_step(step)
 
     def _reject(self, name: str, why: str) -> None:
         """A value is not logged."""
@@ -239,30 +220,12 @@ class Observer:
                 text, numbers, truth values, or conversations (lists of messages).
             step: 0 or more; by default that of the last call of :meth:`log`.
         """
-        number = max(0, self._last_step) if step is None else self._checked_step(step)
-        columns = columns_of(self._rows_of(rows), self._reject)
+        number = max(0, self._last_step) if step is None else checked_step(step)
+        columns = columns_of(rows_of(rows, self._reject), self._reject)
         if columns:
             event = (COMPLETIONS, number, time_ns(), "", "", 0, columns)
             copies = [cell for cells in columns.values() for cell in cells if isinstance(cell, HostCopy)]
             self._put(Deferred(copies, lambda: encode(event)) if copies else encode(event))
-
-    def _rows_of(self, rows: Any) -> list[dict[Any, Any]]:
-        """The rows that are such."""
-        if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
-            sentence = f"log_completions() takes a list of dicts, one for each sample, not {shown(rows)}."
-            raise Wrong(f"rows {type(rows)}", sentence)
-        good: list[dict[Any, Any]] = []
-        try:
-            for row in rows:
-                if isinstance(row, Mapping):
-                    good.append(dict(row))
-                else:
-                    self._reject("a row of log_completions()", f"it is {type(row).__name__}, not a dict")
-        except Wrong:
-            raise
-        except Exception as error:
-            self._reject("the rest of log_completions()", f"it cannot be read ({type(error).__name__})")
-        return good
 
     def span(self, name: str) -> Span | NoSpan:
         """Measure a block: ``with observer.span("forward"): ...``. Spans nest, and belong to the step under way."""
@@ -286,14 +249,14 @@ class Observer:
     def progress(self, step: int, max_steps: int = 0, epoch: float | None = None) -> None:
         """Say how far the training is, for the status; ``max_steps`` 0 where it is not known."""
         if not self._finished:
-            self._put(encode((PROGRESS, self._checked_step(step), max(0, min(max_steps, MOST)), epoch)))
+            self._put(encode((PROGRESS, self._step_of(step), max(0, min(max_steps, MOST)), epoch)))
 
     @never_raises(None)
     def set_result(self, state: State | None, error: str | None = None) -> None:
         """Say how this rank has ended should the process end now; None: it is at work (again)."""
         if state is not None:
             state = self._checked_state(state)
-        self.result = (state, _readable(error))
+        self.result = (state, readable(error))
         if not self._finished:
             self._put(encode((OUTCOME, *self.result, time_ns())))
 
@@ -365,15 +328,15 @@ class Observer:
         if self._node is not None:
             self._node.stop()
         self.spans.close()
-        ended, error = time_ns(), _readable(error)
+        ended, error = time_ns(), readable(error)
         complete = self._channel.finish(
-            lambda counted: Goodbye(
+            lambda counts: Goodbye(
                 rank=self.rank,
                 life=self._life,
                 state=state,
                 error=error,
-                time_ns=ended,
-                counted=counted,
+                ended_ns=ended,
+                counts=counts,
                 sent_ns=time_ns(),
             ),
             timeout,
@@ -461,9 +424,3 @@ class Observer:
         self.spans.close()
         self._finished = True
         self._watch.stop()
-
-
-def _readable(error: object) -> str | None:
-    """An error, which may be an exception, without its secrets. It may name a file whose name is no Unicode; such text
-    cannot be sent."""
-    return None if error is None else masked(str_of(error)[:LONGEST_ERROR]).encode("utf-8", "replace").decode()

@@ -14,7 +14,7 @@ from swanlab_ray.observer.job.identity import (
 from swanlab_ray.observer.observer import FINISH_TIMEOUT_S, Observer
 from swanlab_ray.observer.script.notices import warn_once
 from swanlab_ray.observer.timing.spans import NO_SPAN, NoSpan, Span, SpanLog
-from swanlab_ray.observer.transport.channel import ChannelStatistics
+from swanlab_ray.observer.transport.tally import ChannelStatistics
 
 
 class DisabledObserver(Observer):

@@ -11,22 +11,25 @@ from typing import Any, ClassVar
 
 import pytest
 
-from swanlab_ray.actors.delivery.queue import Row, Sink
+from swanlab_ray.actors.delivery.sink import Row, Sink
 from swanlab_ray.actors.journal import writing as journal_module
-from swanlab_ray.actors.journal.reading import Damaged, RunFiles, find_runs, merged
+from swanlab_ray.actors.journal.files import Disk
+from swanlab_ray.actors.journal.reading import Damaged
 from swanlab_ray.actors.journal.records import Batch
-from swanlab_ray.actors.journal.writing import Disk
 from swanlab_ray.actors.notify.messages import Notifications
+from swanlab_ray.actors.runs.finding import RunFiles, find_runs
+from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.codec import decode_batch
 from swanlab_ray.actors.wire.events import Scalars
 from swanlab_ray.actors.wire.messages import Ack, Farewell, Goodbye, Hello, NumberedBatch, Sign
 from swanlab_ray.actors.wire.status import WriterStatus
-from swanlab_ray.actors.writer import actor as writer_module
+from swanlab_ray.actors.writer import ticker
 from swanlab_ray.actors.writer.actor import Writer
+from swanlab_ray.actors.writer.parts import Parts
 from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.observer import Observer
-from swanlab_ray.observer.transport.channel import Link as LinkProtocol
+from swanlab_ray.observer.transport.connection import Link as LinkProtocol
 from swanlab_ray.observer.transport.link import LinkBroken, welcomed
 
 
@@ -68,9 +71,9 @@ def mortal(patch: pytest.MonkeyPatch, swanlab: bool = False) -> None:
     MortalDisk.made.clear()
     patch.setattr(journal_module, "Disk", MortalDisk)
     patch.setattr("ray.is_initialized", lambda: False)
-    patch.setattr(writer_module, "LINGER_S", 0.0)
+    patch.setattr(ticker, "LINGER_S", 0.0)
     if not swanlab:
-        patch.setattr(Writer, "_make_sink", lambda self: NoSwanLab(self._notice, self._opened))
+        patch.setattr(Parts, "_make_sink", lambda self: NoSwanLab(self.notices, self.notes.opened))
 
 
 class Cluster:
@@ -108,12 +111,11 @@ class Cluster:
             killed, self.writer = self.writer, None
             if killed is not None and self._disk is not None:
                 self._disk.dead = True
-                killed._notifications = Notifications(None, print)
-                killed._deserted = lambda now: True  # type: ignore[method-assign]
-                killed._fenced = True  # both end its clock
-                if killed._reducer is not None:
-                    killed._reducer.abandon(close=False)
-                    killed._reducer.sink.closed.wait(20)  # one process has one SwanLab client
+                killed._telling.notifications = Notifications(None, print)
+                killed._ticker._deserted = lambda now: True  # type: ignore[method-assign]
+                killed._journal.fenced = True  # both end its clock
+                killed._parts.reducer.abandon(close=False)
+                killed._parts.reducer.sink.closed.wait(20)  # one process has one SwanLab client
             return killed
 
     def end(self) -> None:

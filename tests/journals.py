@@ -6,9 +6,10 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 
+from swanlab_ray.actors.journal.files import run_directory
 from swanlab_ray.actors.journal.framing import frame
 from swanlab_ray.actors.journal.records import Entry, Header, pack
-from swanlab_ray.actors.journal.writing import Journal, run_directory
+from swanlab_ray.actors.journal.writing import Journal
 
 
 def write_journal(log_dir: Path, run_id: str, entries: Iterable[Entry]) -> None:
@@ -19,8 +20,8 @@ def write_journal(log_dir: Path, run_id: str, entries: Iterable[Entry]) -> None:
             kind="journal", run_id=run_id, epoch=epoch, host=socket.gethostname(), pid=1, settings={"project": "p"}
         )
 
-    journal = Journal(run_directory(log_dir, run_id), header, lambda entries: None, lambda error: None, lambda: None)
-    journal.start()
+    journal = Journal(run_directory(log_dir, run_id), header, lambda error: None, lambda: None)
+    journal.start(lambda committed: None)
     for entry in entries:
         journal.append(entry)
     assert journal.close(60)

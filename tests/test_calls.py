@@ -11,12 +11,12 @@ SLOW_CALLS = """
     from pathlib import Path
     import ray
     from swanlab_ray.actors.settings import ObserverSettings
-    from swanlab_ray.actors.wire.messages import Counted, Goodbye, Hello, Sign
+    from swanlab_ray.actors.wire.messages import Counts, Goodbye, Hello, Sign
     from swanlab_ray.actors.writer.actor import Writer
     from swanlab_ray.actors.writer.handle import GROUPS
 
     here = Path.cwd()
-    NOTHING = Counted(0, 0, {})
+    NOTHING = Counts()
 
     class SlowWriter(Writer):
         # As if its journal took long to read and to write, until there is a file of this test.
@@ -24,7 +24,7 @@ SLOW_CALLS = """
         def __init__(self, directory, *arguments):
             super().__init__(*arguments)
             self._waiting = directory
-            self._views.settled = self._wait
+            self._parts.decoding.settled = self._wait
 
         def _read_on(self, hello):
             if hello.next_seq:
@@ -50,8 +50,8 @@ SLOW_CALLS = """
     writer = ray.remote(concurrency_groups=GROUPS)(SlowWriter).options(num_cpus=0).remote(here, "slow", settings)
     ray.get([writer.hello.remote(hello(rank)) for rank in range(4)])
     slow = [
-        writer.goodbye.remote(Goodbye(rank=rank, life=f"life{rank}", state="success", error=None, time_ns=1,
-            counted=NOTHING))
+        writer.goodbye.remote(Goodbye(rank=rank, life=f"life{rank}", state="success", error=None, ended_ns=1,
+            counts=NOTHING))
         for rank in (1, 2, 3)
     ]
     slow.append(writer.hello.remote(hello(4, next_seq=7)))

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from swanlab_ray.actors.journal.reading import find_runs, merged
 from swanlab_ray.actors.journal.records import Batch
 from swanlab_ray.actors.journal.writing import Journal
+from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.codec import decode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER, Completions, Scalars
@@ -27,9 +28,13 @@ from swanlab_ray.observer.job.doing import Pulse
 from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.observer import Observer
 from swanlab_ray.observer.timing.spans import SpanLog
-from swanlab_ray.observer.transport import channel as channel_module
+from swanlab_ray.observer.transport import batches as batches_module
+from swanlab_ray.observer.transport import queue as queue_module
 from swanlab_ray.observer.transport import spool as spool_module
+from swanlab_ray.observer.transport import tally as tally_module
+from swanlab_ray.observer.transport import window as window_module
 from swanlab_ray.observer.transport.channel import Channel
+from swanlab_ray.observer.transport.queue import SLOT_BYTES
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.shaky_link import ShakyLink
@@ -77,8 +82,8 @@ def test_a_writer_that_forgot_everything_is_told_where_the_rank_stands(link: Sha
 def test_what_does_not_fit_in_memory_waits_on_disk_and_arrives_in_order(
     link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(channel_module, "UNSENT_BYTES", 10_000)
-    monkeypatch.setattr(channel_module, "EVENTS_PER_BATCH", 100)
+    monkeypatch.setattr(batches_module, "UNSENT_BYTES", 10_000)
+    monkeypatch.setattr(batches_module, "EVENTS_PER_BATCH", 100)
     assert observer.wait_ready(10)
     link.mute = True
     for step in range(20_000):
@@ -97,8 +102,8 @@ def test_what_does_not_fit_in_memory_waits_on_disk_and_arrives_in_order(
 def test_without_room_anywhere_the_loss_is_counted(
     link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(channel_module, "UNSENT_BYTES", 10_000)
-    monkeypatch.setattr(channel_module, "EVENTS_PER_BATCH", 100)
+    monkeypatch.setattr(batches_module, "UNSENT_BYTES", 10_000)
+    monkeypatch.setattr(batches_module, "EVENTS_PER_BATCH", 100)
     monkeypatch.setattr(spool_module, "SPOOL_BYTES", 0)
     assert observer.wait_ready(10)
     link.mute = True
@@ -109,12 +114,12 @@ def test_without_room_anywhere_the_loss_is_counted(
     assert not observer.finish()
     statistics = observer.statistics()
     dropped = sum(statistics.dropped.values())
-    assert set(statistics.dropped) == {channel_module.NO_ROOM}
+    assert set(statistics.dropped) == {tally_module.NO_ROOM}
     assert statistics.acknowledged + dropped == statistics.logged == 20_000
     assert len(link.steps()) == statistics.acknowledged
     assert link.steps() == sorted(set(link.steps()))
     assert link.steps()[-1] == 19_999  # the oldest go first
-    assert link.goodbyes[0].counted.dropped == statistics.dropped
+    assert link.goodbyes[0].counts.dropped == statistics.dropped
 
 
 def test_what_cannot_be_sent_at_the_end_is_on_this_machine_s_disk(link: ShakyLink, observer: Observer) -> None:
@@ -145,7 +150,7 @@ def test_the_writer_may_have_no_room_for_a_while(link: ShakyLink, observer: Obse
 
 
 def test_the_training_thread_never_waits_for_room(link: ShakyLink, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel_module, "CAPACITY", 100)
+    monkeypatch.setattr(queue_module, "QUEUE_BYTES", 100 * SLOT_BYTES)
     link.down = True
     pulse = Pulse(SpanLog(print), int)
     channel = Channel(link, 0, "life", lambda seq: None, lambda: None, lambda run: None, pulse)  # type: ignore[arg-type, return-value]
@@ -218,7 +223,7 @@ def test_a_wrong_step_warns_once_and_raises_when_strict(
     assert said == ([sentence] if step == -1 else [sentence, other])
     assert relaxed.finish()
     assert not link.taken
-    assert link.goodbyes[0].counted.refused == 3
+    assert link.goodbyes[0].counts.refused == 3
     strict = Observer(ObserverSettings(project="p", log_dir=tmp_path, strict=True), Identity(0, 1, 0, 1), ShakyLink())
     with pytest.raises(ValueError, match="step"):
         strict.log({"x": 1}, step)
@@ -310,7 +315,7 @@ def test_a_value_on_a_gpu_is_read_by_the_flusher_in_order(
     scalars = [event.values for event in link.taken if isinstance(event, Scalars)]
     assert scalars == [{"before": 1.0}, {"x": 2.5, "y": 1.0}, {"after": 1.0}]
     assert observer.statistics().dropped == {
-        channel_module.UNREAD: 1
+        tally_module.UNREAD: 1
     }  # the GPU failed while it was read, and the rest went on
 
 
@@ -325,7 +330,7 @@ def test_secrets_in_a_configuration_are_masked(link: ShakyLink, observer: Observ
 
 
 def test_signs_of_life_carry_the_counts(link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel_module, "BEAT_S", 0.01)
+    monkeypatch.setattr(window_module, "BEAT_S", 0.01)
     observer.log({"x": 1})
     wait_until(lambda: bool(link.signs) and link.signs[-1][0].counted.logged == 1)
     assert next(itertools.islice(link.signs, 1))[0].rank == 0
@@ -334,7 +339,7 @@ def test_signs_of_life_carry_the_counts(link: ShakyLink, observer: Observer, mon
 def test_a_rank_that_sends_batches_gives_no_other_sign_of_life(
     link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(channel_module, "BEAT_S", 30.0)
+    monkeypatch.setattr(window_module, "BEAT_S", 30.0)
     for step in range(20):
         observer.log({"x": step}, step)
         wait_until(lambda: link.steps()[-1:] == [step])  # noqa: B023
@@ -347,8 +352,8 @@ def test_a_rank_that_sends_batches_gives_no_other_sign_of_life(
 def test_a_rank_is_heard_while_the_writer_s_disk_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its window is full, so no batch tells that it is there."""
     mortal(monkeypatch)
-    monkeypatch.setattr(channel_module, "BEAT_S", 0.02)
-    monkeypatch.setattr(channel_module, "EVENTS_PER_BATCH", 10)
+    monkeypatch.setattr(window_module, "BEAT_S", 0.02)
+    monkeypatch.setattr(batches_module, "EVENTS_PER_BATCH", 10)
     stuck = threading.Event()
     real = Journal._commit
     monkeypatch.setattr(Journal, "_commit", lambda self, group: (stuck.wait(), real(self, group))[1])
@@ -357,7 +362,7 @@ def test_a_rank_is_heard_while_the_writer_s_disk_takes_nothing(tmp_path: Path, m
     assert observer.wait_ready(10)
     for step in range(100):
         observer.log({"x": step}, step)
-    member = cluster.find()._ranks[0]
+    member = cluster.find()._members.ranks[0]
     wait_until(lambda: member.next_seq == WINDOW)
     for step in range(100, 103):
         observer.log({"x": step}, step)
@@ -387,9 +392,8 @@ def test_what_is_logged_while_a_cluster_starts_goes_to_the_spool_and_arrives_in_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More than the queue takes, before the ranks have even agreed on a run id."""
-    monkeypatch.setattr(channel_module, "CAPACITY", 5_000)
-    monkeypatch.setattr(observer_module, "CAPACITY", 5_000)
-    monkeypatch.setattr(channel_module, "UNSENT_BYTES", 50_000)
+    monkeypatch.setattr(queue_module, "QUEUE_BYTES", 5_000 * SLOT_BYTES)
+    monkeypatch.setattr(batches_module, "UNSENT_BYTES", 50_000)
     link = SlowLink()
     link.run_id = None
     observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), link)
@@ -486,19 +490,19 @@ def test_large_events_are_bounded_by_their_bytes(
     link: ShakyLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the flusher stands still."""
-    monkeypatch.setattr(channel_module, "LARGE_TOTAL_BYTES", 1_000_000)
+    monkeypatch.setattr(queue_module, "QUEUE_BYTES", 1_000_000)
     settings = ObserverSettings(project="p", log_dir=tmp_path)
     observer = Observer(settings, Identity(0, 1, 0, 1), link)
-    with observer._channel._owned:  # what the flusher holds while it is at work
+    with observer._channel._ownership.lock:  # what the flusher holds while it is at work
         names = {f"a long name {number}": 1.0 for number in range(3000)}
         for step in range(100):
             observer.log(names, step)
         assert sum(len(event) for event in observer._queue if isinstance(event, bytes)) < 1_100_000
         dropped = observer.statistics().dropped
-    assert 50 < dropped[channel_module.OVERFLOW] < 100
+    assert 50 < dropped[tally_module.OVERFLOW] < 100
     assert not observer.finish()
     statistics = observer.statistics()
-    assert statistics.logged == 100 == statistics.acknowledged + dropped[channel_module.OVERFLOW]
+    assert statistics.logged == 100 == statistics.acknowledged + dropped[tally_module.OVERFLOW]
     assert link.steps()[-1] == 99
 
 
@@ -508,7 +512,7 @@ def test_a_forked_child_waits_for_nothing(link: ShakyLink, observer: Observer) -
     observer.log({"x": 1}, 0)
     assert observer.flush()
     channel = observer._channel
-    with channel._moving, channel._owned, channel._counting:
+    with channel._ownership.lock, channel._tally.moving, channel.queue.counting:
         child = os.fork()
         if child == 0:
             signal.alarm(20)
@@ -531,7 +535,7 @@ def test_two_threads_may_flush_at_once(link: ShakyLink, observer: Observer) -> N
     for thread in threads:
         thread.join()
     assert done == [True] * 8
-    assert observer._channel._flushing == 0
+    assert observer._channel._flusher._hurried == 0
 
 
 def test_a_signal_handler_may_ask_whatever_it_interrupts(link: ShakyLink, observer: Observer) -> None:
@@ -539,7 +543,7 @@ def test_a_signal_handler_may_ask_whatever_it_interrupts(link: ShakyLink, observ
     channel, over = observer._channel, threading.Event()
 
     def interrupted() -> None:
-        with channel._moving, channel._counting:
+        with channel._tally.moving, channel.queue.counting:
             observer.log({f"a long name {number}": 1.0 for number in range(3000)}, 0)
             observer.log({"x": 1j}, 1)
             observer.flush(timeout=0)
@@ -579,9 +583,9 @@ def test_a_thread_that_logs_on_while_a_run_ends_holds_that_up_not(link: ShakyLin
     stop.set()
     watching.join()
     statistics = observer.statistics()
-    late = statistics.dropped[channel_module.LATE]
-    assert set(statistics.dropped) == {channel_module.LATE}
+    late = statistics.dropped[tally_module.LATE]
+    assert set(statistics.dropped) == {tally_module.LATE}
     assert (statistics.waiting, statistics.spooled) == (0, 0)
     assert statistics.logged == statistics.acknowledged + late
     assert link.steps() == list(range(statistics.acknowledged))
-    assert link.goodbyes[0].counted.dropped.get(channel_module.LATE, 0) <= late
+    assert link.goodbyes[0].counts.dropped.get(tally_module.LATE, 0) <= late

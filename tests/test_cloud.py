@@ -15,15 +15,15 @@ from click.testing import CliRunner
 
 from swanlab_ray.actors.delivery import cloud as cloud_run
 from swanlab_ray.actors.delivery import follow as reducer
-from swanlab_ray.actors.delivery import queue as sink
-from swanlab_ray.actors.delivery import sdk
+from swanlab_ray.actors.delivery import sink
 from swanlab_ray.actors.delivery.cloud import CloudRun
-from swanlab_ray.actors.delivery.experiment import CloudError
-from swanlab_ray.actors.journal.at_work import AtWork
-from swanlab_ray.actors.journal.reading import RunFiles
+from swanlab_ray.actors.membership import lost
+from swanlab_ray.actors.runs.at_work import AtWork
+from swanlab_ray.actors.runs.finding import RunFiles
 from swanlab_ray.actors.settings import SettingsError
+from swanlab_ray.actors.swanlab import sdk
+from swanlab_ray.actors.swanlab.experiment import CloudError
 from swanlab_ray.actors.wire.status import WriterStatus
-from swanlab_ray.actors.writer import actor as writer_module
 from swanlab_ray.observer import sync
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.job.identity import Identity
@@ -367,6 +367,7 @@ def test_rows_that_come_while_a_request_is_put_together(tmp_path: Path, cloud: S
 
     told: list[str] = []
     run = CloudRun(settings_for(tmp_path, mode="cloud"), "r", 0, "", lambda rows: None, told.append, lambda run: None)
+    run.start()
     run.write(0, 1, Slow(x=0.0))
     assert taken.wait(20)
     run.write(1, 1, {"x": 1.0})
@@ -396,19 +397,18 @@ def test_a_long_outage_in_the_middle_does_not_fill_memory(
     tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond the bounds nothing waits in memory: it is read from the journal when the server is back."""
-    monkeypatch.setattr(sink, "QUEUE_SCALARS", 500)
-    monkeypatch.setattr(reducer, "BACKLOG_EVENTS", 200)
+    monkeypatch.setattr(sink, "QUEUE_BYTES", 50_000)
+    monkeypatch.setattr(reducer, "BACKLOG_BYTES", 20_000)
     job = Job(tmp_path)
     job.log(range(100))
     job.delivered(800)
     cloud.stop()
     for begin in range(100, 3000, 100):
         job.log(range(begin, begin + 100))
-    reducing = job.cluster.find()._reducer
-    assert reducing is not None
+    reducing = job.cluster.find()._parts.reducer
     wait_until(lambda: reducing._behind)
-    assert reducing._events <= 200 + 2 * 100
-    assert reducing.sink._waiting <= 500 + 8
+    assert reducing._bytes <= 20_000 + 2 * 20_000
+    assert reducing.sink._waiting <= 50_000 + 800
     assert job.cluster.find().status().lag > 0
     cloud.start()
     job.finish()
@@ -556,7 +556,7 @@ def test_a_training_that_is_resumed_replaces_what_it_runs_again(tmp_path: Path, 
 
 def test_a_spool_is_merged_by_sync(tmp_path: Path, cloud: SwanLabCloud, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 is cut off for good: its part is on its disk, and the means are those of both ranks after the sync."""
-    monkeypatch.setattr(writer_module, "FAILED_RANK_GRACE_S", 1.0)
+    monkeypatch.setattr(lost, "FAILED_RANK_GRACE_S", 1.0)
     monkeypatch.setattr("swanlab_ray.observer.transport.channel.UNREACHABLE_S", 0.2)
     job = Job(tmp_path, rank_timeout=3.0)
     job.log(range(50))

@@ -21,7 +21,7 @@ from swanlab_ray.actors.completions.tables import (
     readable,
     table,
 )
-from swanlab_ray.actors.delivery.queue import QUEUE_SCALARS, Sink
+from swanlab_ray.actors.delivery.sink import QUEUE_BYTES, Sink
 from swanlab_ray.actors.wire.events import Completions, Tokenizer
 from tests.conftest import wait_until
 
@@ -326,8 +326,9 @@ def test_tables_weigh_in_the_queue_and_are_counted_when_lost(monkeypatch: pytest
             raise RuntimeError("boom")
 
     stuck = Stuck("local", lambda sentence: None, lambda sink: None)
+    stuck.start()
     for step in range(1000):
         stuck.write(step, 0, {}, Table(["text"], [["x" * 100_000]] * 2))
-    assert len(stuck._rows) <= QUEUE_SCALARS // 2000 + 1
+    assert len(stuck._rows) <= QUEUE_BYTES // 200_000 + 1
     opened.set()
     wait_until(lambda: stuck.completions_lost == 2000)

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from swanlab_ray.actors.completions.buffers import TABLE
-from swanlab_ray.actors.journal.reading import find_runs
+from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.observer import connect
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.history import transcripts, upload

@@ -15,15 +15,17 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from swanlab_ray.actors.journal.reading import find_runs
 from swanlab_ray.actors.journal.writing import Journal
-from swanlab_ray.actors.wire.messages import Counted, Sign
+from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.wire.messages import Counts, Fenced, Sign
 from swanlab_ray.actors.writer import actor as writer_module
-from swanlab_ray.actors.writer.actor import Fenced, Writer
+from swanlab_ray.actors.writer.actor import Writer
 from swanlab_ray.observer.history import archive
 from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.observer import Observer
+from swanlab_ray.observer.transport import batches as batches_module
 from swanlab_ray.observer.transport import channel as channel_module
+from swanlab_ray.observer.transport import flusher as flusher_module
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, logged_in, mortal, settings_for
 
@@ -40,10 +42,10 @@ class Job(RuleBasedStateMachine):
     def start(self) -> None:
         self.patch = pytest.MonkeyPatch()
         mortal(self.patch)
-        self.patch.setattr(channel_module, "UNSENT_BYTES", 2_000)
-        self.patch.setattr(channel_module, "EVENTS_PER_BATCH", 7)
-        self.patch.setattr(channel_module, "RETRY_S", (0.005, 0.02))
-        self.patch.setattr(channel_module, "FLUSH_INTERVAL_S", 0.005)
+        self.patch.setattr(batches_module, "UNSENT_BYTES", 2_000)
+        self.patch.setattr(batches_module, "EVENTS_PER_BATCH", 7)
+        self.patch.setattr(flusher_module, "RETRY_S", (0.005, 0.02))
+        self.patch.setattr(flusher_module, "FLUSH_INTERVAL_S", 0.005)
         self.patch.setattr(writer_module, "FLUSH_INTERVAL_S", 0.005)
         self.directory = Path(tempfile.mkdtemp())
         self.cluster = Cluster(settings_for(self.directory))
@@ -127,8 +129,8 @@ TestJob.settings = hypothesis_settings(max_examples=30, stateful_step_count=15, 
 def test_a_small_jepsen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Six ranks at full speed, and a seeded history of kills (also two in a row), cuts, delays and lost answers."""
     mortal(monkeypatch)
-    monkeypatch.setattr(channel_module, "RETRY_S", (0.01, 0.1))
-    monkeypatch.setattr(channel_module, "UNSENT_BYTES", 50_000)
+    monkeypatch.setattr(flusher_module, "RETRY_S", (0.01, 0.1))
+    monkeypatch.setattr(batches_module, "UNSENT_BYTES", 50_000)
     chance = random.Random(seed)
     ranks, steps = 6, 3000
     cluster = Cluster(settings_for(tmp_path))
@@ -189,9 +191,9 @@ def test_two_incarnations_alive_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert old is not None
     new = Writer("r", cluster.settings)
     observer.log({"x": 1}, 1)
-    wait_until(lambda: old._fenced)
+    wait_until(lambda: old._journal.fenced)
     with pytest.raises(Fenced):
-        old.ingest(Sign(0, observer._life, Counted(0, 0, {})))
+        old.ingest(Sign(0, observer._life, Counts()))
     with pytest.raises(Fenced):
         old.hello(observer._hello(0))
     assert observer.statistics().acknowledged == 1
@@ -207,8 +209,8 @@ def test_memory_stays_bounded_when_the_disk_takes_nothing(tmp_path: Path, monkey
     """The writer takes no more than its bound, and the ranks keep the rest."""
     mortal(monkeypatch)
     monkeypatch.setattr(writer_module, "BACKLOG_BYTES", 20_000)
-    monkeypatch.setattr(channel_module, "UNSENT_BYTES", 20_000)
-    monkeypatch.setattr(channel_module, "EVENTS_PER_BATCH", 1000)
+    monkeypatch.setattr(batches_module, "UNSENT_BYTES", 20_000)
+    monkeypatch.setattr(batches_module, "EVENTS_PER_BATCH", 1000)
     stuck = threading.Event()
     real = Journal._commit
     monkeypatch.setattr(Journal, "_commit", lambda self, group: (stuck.wait(), real(self, group))[1])
@@ -219,8 +221,9 @@ def test_memory_stays_bounded_when_the_disk_takes_nothing(tmp_path: Path, monkey
         observer.log({"x": random.random()}, step)
     journal = cluster.find()._journal
     wait_until(lambda: observer.statistics().spooled > 10_000 and journal.queued_bytes > 20_000)
-    refused = observer._channel._hold_until
-    wait_until(lambda: observer._channel._hold_until > refused or all(b.taken for b in observer._channel._window))
+    window = observer._channel._window
+    refused = window.held_until
+    wait_until(lambda: window.held_until > refused or all(sent.taken for sent in window.under_way))
     # A window has four batches of 1,000 events: the bound, and the one that reaches it, are less.
     assert journal.queued_bytes < 20_000 + 1000 * 20
     assert observer.statistics().acknowledged == 0

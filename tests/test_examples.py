@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from swanlab_ray.actors.journal.reading import find_runs, merged
 from swanlab_ray.actors.journal.records import Closed
+from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.observer.cli import main
 from tests.conftest import Launch, SharedCluster, run_forked
 from tests.incarnations import logged_in

@@ -10,7 +10,7 @@ import pytest
 
 from swanlab_ray.actors.completions.buffers import TABLE
 from swanlab_ray.actors.delivery import follow as reducer_module
-from swanlab_ray.actors.journal.reading import find_runs
+from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.observer.history import archive, transcripts, upload
 from swanlab_ray.observer.observer import Observer

@@ -11,13 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 from swanlab_ray.actors.health.hangs import FIRST_STEPS, LONG, PAUSES, STACKS_S, Health, Over
-from swanlab_ray.actors.journal.reading import summarise
+from swanlab_ray.actors.membership.members import Member, RankView
+from swanlab_ray.actors.runs.summary import summarise
 from swanlab_ray.actors.wire.codec import decode_batch
 from swanlab_ray.actors.wire.events import Outcome, Stacks
 from swanlab_ray.actors.wire.messages import BEAT_S, Doing, Hello
 from swanlab_ray.actors.wire.status import Hang
-from swanlab_ray.actors.writer.members import Member
-from swanlab_ray.actors.writer.progress import RankView
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.job.doing import Pulse
 from swanlab_ray.observer.timing.spans import Span, SpanLog
@@ -36,7 +35,7 @@ class Job:
 
     def __init__(self, ranks: int = 4, timeout: float = TIMEOUT) -> None:
         self.states: dict[int, str] = {}
-        self.health = Health(timeout, lambda member: self.states.get(member.hello.rank))
+        self.health = Health(timeout, lambda member: self.states.get(member.process.rank))
         self.now = 1000.0
         self.unix = 1e9  # what the clock says beyond that
         self.moved = dict.fromkeys(range(ranks), self.now)
@@ -48,7 +47,7 @@ class Job:
                 Hello(rank=n, world_size=ranks, local_rank=n, host="node", pid=100 + n, pid_namespace="", gpu=None,
                       life=f"life{n}", next_seq=0),
                 self.now,
-                RankView(f"life{n}"),
+                RankView(),
             )
             for n in range(ranks)
         ]  # fmt: skip
@@ -419,8 +418,8 @@ def test_spans_that_end_in_another_order_leave_nothing_open() -> None:
 def test_a_hang_is_told_once_and_that_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks of this process, one of which stands still: cards, the journal's alerts, and the stacks in it."""
     mortal(monkeypatch)
-    monkeypatch.setattr("swanlab_ray.actors.writer.actor.STATUS_LINE_S", 0.2)
-    monkeypatch.setattr("swanlab_ray.observer.transport.channel.BEAT_S", 0.1)
+    monkeypatch.setattr("swanlab_ray.actors.writer.ticker.STATUS_LINE_S", 0.2)
+    monkeypatch.setattr("swanlab_ray.observer.transport.window.BEAT_S", 0.1)
     monkeypatch.setattr("swanlab_ray.actors.health.hangs.FIRST_STEPS", 1)
     with LarkGroup() as group:
         bot = {"lark_webhook_url": group.url, "lark_secret": group.secret}

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from swanlab_ray.actors.journal import writing as journal_module
+from swanlab_ray.actors.journal.files import Appender, Disk, being_written, journal_files
 from swanlab_ray.actors.journal.framing import frame
-from swanlab_ray.actors.journal.reading import Damaged, Follower, entries, find_runs, merged, summarise
+from swanlab_ray.actors.journal.reading import Damaged, Follower, entries
 from swanlab_ray.actors.journal.records import (
     Alert,
     Arrived,
     Batch,
-    Counts,
     Ended,
     Entry,
     Header,
@@ -31,7 +31,11 @@ from swanlab_ray.actors.journal.records import (
     pack,
     unpack,
 )
-from swanlab_ray.actors.journal.writing import Appender, Disk, Journal, Position, being_written, journal_files
+from swanlab_ray.actors.journal.writing import Journal, Position
+from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.runs.merging import merged
+from swanlab_ray.actors.runs.summary import summarise
+from swanlab_ray.actors.wire.messages import Counts
 from tests.conftest import wait_until
 
 
@@ -50,8 +54,8 @@ class Kept:
         self.committed: list[tuple[Entry, Position]] = []
         self.trouble: list[OSError | None] = []
         self.fenced = 0
-        self.journal = Journal(directory, header, self.committed.extend, self.trouble.append, self._count_fence, disk)
-        self.journal.start()
+        self.journal = Journal(directory, header, self.trouble.append, self._count_fence, disk)
+        self.journal.start(self.committed.extend)
 
     def _count_fence(self) -> None:
         self.fenced += 1
@@ -550,7 +554,8 @@ _KILLED = """
 import json, os, signal, sys, time
 from pathlib import Path
 from swanlab_ray.actors.journal import writing as module
-from swanlab_ray.actors.journal.writing import Disk, Journal
+from swanlab_ray.actors.journal.files import Disk
+from swanlab_ray.actors.journal.writing import Journal
 from swanlab_ray.actors.journal.records import Batch, Header
 
 class MortalDisk(Disk):
@@ -571,8 +576,8 @@ class MortalDisk(Disk):
 def run(directory, pipe):
     header = lambda epoch: Header(kind="journal", run_id="r", epoch=epoch, host="h", pid=1, settings={})
     say = lambda entries: [os.write(pipe, b"%d " % entry.seq) for entry, _ in entries]
-    journal = Journal(directory, header, say, lambda error: None, lambda: None, MortalDisk())
-    journal.start()
+    journal = Journal(directory, header, lambda error: None, lambda: None, MortalDisk())
+    journal.start(say)
     for seq in range(4):
         journal.append(Batch(0, "life", seq, time.time_ns(), 1, b"x" * 20000))
         journal.settled(10)

@@ -22,7 +22,7 @@ from swanlab_ray.actors.wire.messages import ACTOR_PREFIX, NAMESPACE
 from swanlab_ray.observer import connect
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.history import archive
-from swanlab_ray.observer.transport import channel as channel_module
+from swanlab_ray.observer.transport import flusher as flusher_module
 from tests.conftest import Job, Launch, SharedCluster, wait_until
 from tests.incarnations import Cluster, Link, logged_in, mortal, rank, settings_for
 from tests.swanlab_cloud import SwanLabCloud
@@ -86,7 +86,7 @@ def test_a_writer_killed_while_swanlab_opens_leaves_no_second_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mortal(monkeypatch, swanlab=True)
-    monkeypatch.setattr(channel_module, "RETRY_S", (0.01, 0.05))
+    monkeypatch.setattr(flusher_module, "RETRY_S", (0.01, 0.05))
     cluster = Cluster(settings_for(tmp_path))
     opened = threading.Event()
     init = swanlab.init

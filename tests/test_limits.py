@@ -21,15 +21,15 @@ from swanlab.sdk.internal.run.fmt import validate_key
 
 from swanlab_ray.actors.delivery import cloud as cloud_run
 from swanlab_ray.actors.delivery import disk as swanlab_run
-from swanlab_ray.actors.delivery import sdk
 from swanlab_ray.actors.delivery.cloud import CloudRun
 from swanlab_ray.actors.delivery.disk import SwanLabRun, remove_run
-from swanlab_ray.actors.delivery.limits import HIGHEST_STEP, fit_config, fitting
-from swanlab_ray.actors.delivery.queue import FINISH_DEADLINE_S, Row, Sink
+from swanlab_ray.actors.delivery.sink import FINISH_DEADLINE_S, SCALAR_BYTES, Row, Sink
 from swanlab_ray.actors.delivery.thinning import SERIES, SERIES_PER_SECOND, Beginnings, Thinning
 from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.swanlab import sdk
+from swanlab_ray.actors.swanlab.limits import HIGHEST_STEP, fit_config, fitting
 from swanlab_ray.actors.wire.events import State
-from swanlab_ray.actors.writer import actor as writer
+from swanlab_ray.actors.writer import ending, telling
 from swanlab_ray.observer.observer import FINISH_TIMEOUT_S
 from tests.conftest import wait_until
 from tests.incarnations import NoSwanLab
@@ -58,6 +58,7 @@ class Delivered:
         else:
             self.sink = SwanLabRun(self.settings, "r", [], self._tell, lambda sink: None)
         self.sink.waits = True
+        self.sink.start()
 
     def _tell(self, sentence: str) -> None:
         self.notices.append(sentence)
@@ -306,6 +307,7 @@ def test_the_row_that_is_being_written_is_not_mixed_up_by_thinning(
 
     monkeypatch.setattr(Thinning, "keep", slowly)
     run = Opened(ObserverSettings(project="p", mode="local", log_dir=tmp_path), "r", [], print, lambda run: None)
+    run.start()
     step = 0
     while not thinning.is_set():
         run.write(step, 0, {"x": 1.0})
@@ -318,8 +320,8 @@ def test_the_row_that_is_being_written_is_not_mixed_up_by_thinning(
 
 def test_a_run_is_closed_before_its_last_rank_stops_waiting() -> None:
     """SwanLab's run, the last notification and the journal, one after the other."""
-    longest = writer.CLOSE_DEADLINE_S + writer.LARK_DEADLINE_S + writer.JOURNAL_DEADLINE_S / 2
-    assert FINISH_DEADLINE_S < writer.CLOSE_DEADLINE_S
+    longest = ending.CLOSE_DEADLINE_S + telling.LARK_DEADLINE_S + ending.JOURNAL_DEADLINE_S / 2
+    assert FINISH_DEADLINE_S < ending.CLOSE_DEADLINE_S
     assert longest + 5 <= FINISH_TIMEOUT_S
 
 
@@ -345,21 +347,21 @@ def test_what_cannot_be_thinned_any_more_costs_nothing_for_each_row() -> None:
     thinning, rows = Thinning(lambda row: None), Counted()
     for step in range(1000):
         rows.append(thinning.keep(Row(step, 0, {f"x{step}": 1.0})))
-        assert thinning.thin(rows, len(rows), 10) == len(rows)
+        assert thinning.thin(rows, SCALAR_BYTES * len(rows), 10 * SCALAR_BYTES) == SCALAR_BYTES * len(rows)
     assert len(rows) == 1000
     assert rows.passes < 200
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 1000), min_size=2, max_size=60), st.integers(1, 40))
-def test_thinning_counts_what_it_leaves_out(steps: list[int], weight: int) -> None:
+def test_thinning_counts_what_it_leaves_out(steps: list[int], scalars: int) -> None:
     lost: list[int] = []
     thinning = Thinning(lambda row: lost.append(len(row.values)))
     rows = deque(Row(step, 0, {"a": 1.0, "b": 2.0}) for step in steps)
-    weighs = thinning.thin(rows, 2 * len(steps), weight)
-    assert weighs == sum(row.weight for row in rows)
-    assert weighs <= weight or len(rows) == 1
-    assert weighs + sum(lost) == 2 * len(steps)
+    size = thinning.thin(rows, 2 * SCALAR_BYTES * len(steps), SCALAR_BYTES * scalars)
+    assert size == sum(row.size for row in rows)
+    assert size <= SCALAR_BYTES * scalars or len(rows) == 1
+    assert size + SCALAR_BYTES * sum(lost) == 2 * SCALAR_BYTES * len(steps)
     assert rows[0].step == steps[0]
 
 

@@ -16,21 +16,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from swanlab_ray.actors.delivery.queue import stderr
-from swanlab_ray.actors.journal.records import (
-    Alert,
-    Arrived,
-    Batch,
-    Closed,
-    Counts,
-    Ended,
-    Entry,
-    Finished,
-    Header,
-    Opened,
-)
+from swanlab_ray.actors.journal.records import Alert, Arrived, Batch, Closed, Ended, Entry, Finished, Header, Opened
+from swanlab_ray.actors.log import log
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER, Completions, Spans, Stacks
+from swanlab_ray.actors.wire.messages import Counts
 from swanlab_ray.actors.wire.naming import is_run_id
 from swanlab_ray.actors.wire.status import Hang, RankStatus, WriterStatus
 from swanlab_ray.actors.wire.text import one_line
@@ -237,7 +227,7 @@ def test_no_command_prints_a_secret_that_stands_in_a_journal(tmp_path: Path) -> 
 def test_what_is_said_while_training_steers_no_terminal(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A rank quotes an error, the writer an alert; both may hold anything. Lines stay lines."""
     logger.handle(logging.makeLogRecord({"levelno": logging.WARNING, "msg": f"It failed: {name}"}))
-    stderr(f"It failed: {name}")
+    log(f"It failed: {name}")
     said = capsys.readouterr().err
     assert not STEERS.search(said)
     assert has(said, "Itfailed")
@@ -248,4 +238,4 @@ def test_a_standard_error_that_is_closed_costs_the_writer_a_line(monkeypatch: py
         monkeypatch.setattr("sys.stderr", stream)
         if stream is not None:
             stream.close()
-        stderr("line")
+        log("line")

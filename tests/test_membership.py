@@ -15,19 +15,32 @@ from pydantic import SecretStr
 
 from swanlab_ray.actors.journal.reading import Damaged, entries
 from swanlab_ray.actors.journal.records import Arrived, Entry, Returned
+from swanlab_ray.actors.membership import lost
+from swanlab_ray.actors.membership import newcomers as newcomers_module
+from swanlab_ray.actors.membership.clocks import Skew, Timeline
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER, Outcome, State
-from swanlab_ray.actors.wire.messages import Ack, Counted, Declined, Farewell, Goodbye, Hello, NumberedBatch, Sign
+from swanlab_ray.actors.wire.messages import (
+    Ack,
+    Counts,
+    Declined,
+    Farewell,
+    Goodbye,
+    Hello,
+    NumberedBatch,
+    RunEnded,
+    Sign,
+    Unknown,
+)
 from swanlab_ray.actors.wire.version import package_version
-from swanlab_ray.actors.writer import actor as writer_module
-from swanlab_ray.actors.writer import newcomers as newcomers_module
-from swanlab_ray.actors.writer.actor import RunEnded, Unknown, Writer
-from swanlab_ray.actors.writer.clocks import Skew, Timeline
+from swanlab_ray.actors.writer.actor import Writer
+from swanlab_ray.actors.writer.parts import Parts
 from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.history import archive
 from swanlab_ray.observer.job.identity import Identity, Launch
 from swanlab_ray.observer.observer import Observer
-from swanlab_ray.observer.transport import channel as channel_module
+from swanlab_ray.observer.transport import flusher as flusher_module
+from swanlab_ray.observer.transport import window as window_module
 from swanlab_ray.observer.transport.link import LinkBroken, RayLink
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, logged_in, mortal, rank, settings_for
@@ -35,19 +48,19 @@ from tests.swanlab_cloud import KEY, SwanLabCloud
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
-make_sink = Writer._make_sink
+make_sink = Parts._make_sink
 HOUR_NS = 3600 * 10**9
-NOTHING = Counted(0, 0, {})
+NOTHING = Counts()
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     mortal(monkeypatch)
-    monkeypatch.setattr(channel_module, "RETRY_S", (0.01, 0.05))
-    monkeypatch.setattr(channel_module, "BEAT_S", 0.05)
+    monkeypatch.setattr(flusher_module, "RETRY_S", (0.01, 0.05))
+    monkeypatch.setattr(window_module, "BEAT_S", 0.05)
     monkeypatch.setattr(newcomers_module, "BEAT_S", 0.05)
     monkeypatch.setattr(newcomers_module, "QUIET_S", 0.6)
-    monkeypatch.setattr(writer_module, "FAILED_RANK_GRACE_S", 0.5)
+    monkeypatch.setattr(lost, "FAILED_RANK_GRACE_S", 0.5)
 
 
 class Told:
@@ -84,15 +97,13 @@ class Told:
         batch = encode_batch([encode(event) for event in events])
         ack = self.sign(number, life, NumberedBatch(seq, len(events), batch))
         assert self.writer._journal.settled(10)
-        assert self.writer._views.settled(10)
+        assert self.writer._parts.decoding.settled(10)
         return ack
 
     def goodbye(self, number: int, state: State = "success", error: str | None = None, **more: Any) -> Farewell:
-        values: dict[str, Any] = {"life": "a", "time_ns": time.time_ns()} | more
+        values: dict[str, Any] = {"life": "a", "ended_ns": time.time_ns()} | more
         values["life"] += str(number)
-        answer: Farewell = self.writer.goodbye(
-            Goodbye(rank=number, state=state, error=error, counted=NOTHING, **values)
-        )
+        answer: Farewell = self.writer.goodbye(Goodbye(rank=number, state=state, error=error, counts=NOTHING, **values))
         return answer
 
     def end(self) -> tuple[str, str | None]:
@@ -114,7 +125,7 @@ def started_by(launch: Launch, patch: pytest.MonkeyPatch, make: Callable[[], Obs
     """A rank of that launch."""
     patch.setattr("swanlab_ray.observer.observer.which_launch", lambda: launch)
     observer = make()
-    observer._channel._hello(0)  # it is asked once
+    observer._hello(0)  # it is asked once
     return observer
 
 
@@ -257,7 +268,7 @@ def test_a_rank_of_an_older_version_is_understood(tmp_path: Path) -> None:
     run = Told(tmp_path)
     run.welcome(0, nonce="")
     assert run.sign(0)
-    run.goodbye(0, "crashed", "ValueError: boom", time_ns=7)
+    run.goodbye(0, "crashed", "ValueError: boom", ended_ns=7)
     assert run.end() == ("crashed", "rank 0 (host0, pid 100): ValueError: boom")
 
 
@@ -459,8 +470,8 @@ def test_the_first_failure_is_the_cause_whatever_the_clocks_say(hours: int, tmp_
         run.welcome(number, sent_ns=now(number))
         run.sign(number, sent_ns=now(number))
     failed = {1: now(1) - 200_000_000, 0: now(0)}
-    run.goodbye(0, "crashed", "connection closed by peer", time_ns=failed[0], sent_ns=now(0))
-    run.goodbye(1, "crashed", "ValueError: boom", time_ns=failed[1], sent_ns=now(1))
+    run.goodbye(0, "crashed", "connection closed by peer", ended_ns=failed[0], sent_ns=now(0))
+    run.goodbye(1, "crashed", "ValueError: boom", ended_ns=failed[1], sent_ns=now(1))
     assert run.end() == ("crashed", "rank 1 (host1, pid 101): ValueError: boom")
 
 
@@ -472,7 +483,7 @@ def test_a_lost_rank_and_a_failed_one_are_compared_on_one_scale(hours: int, tmp_
     run.welcome(1)
     now = time.time_ns() + hours * HOUR_NS
     run.sign(1)
-    run.goodbye(0, "crashed", "ValueError: boom", time_ns=now - 10**9, sent_ns=now)
+    run.goodbye(0, "crashed", "ValueError: boom", ended_ns=now - 10**9, sent_ns=now)
     assert run.end()[1] == "rank 0 (host0, pid 100): ValueError: boom"
 
 
@@ -482,7 +493,7 @@ def test_what_a_rank_said_of_its_end_is_on_the_same_scale(tmp_path: Path) -> Non
     for number in (0, 1):
         run.welcome(number, sent_ns=ahead if number == 1 else time.time_ns())
     run.send(1, Outcome("crashed", "ValueError: boom", ahead))
-    run.goodbye(0, "crashed", "connection closed by peer", sent_ns=time.time_ns(), time_ns=time.time_ns() + 10**8)
+    run.goodbye(0, "crashed", "connection closed by peer", sent_ns=time.time_ns(), ended_ns=time.time_ns() + 10**8)
     assert run.end()[1] == "rank 1 (host1, pid 101): ValueError: boom"
 
 
@@ -496,7 +507,7 @@ def test_the_writer_s_clock_is_set_between_two_failures(
     run.goodbye(1, "crashed", "ValueError: boom", sent_ns=time.time_ns())
     real = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: real() + hours * HOUR_NS)
-    run.goodbye(2, "crashed", "connection closed by peer", time_ns=real(), sent_ns=real())
+    run.goodbye(2, "crashed", "connection closed by peer", ended_ns=real(), sent_ns=real())
     assert run.end()[1] == "rank 1 (host1, pid 101): ValueError: boom"  # rank 0 is lost
 
 
@@ -581,8 +592,9 @@ def test_refusals_are_told_though_much_waits_to_be_looked_at(tmp_path: Path, mon
     run = Told(tmp_path)
     run.welcome(0)
     slow = threading.Event()
-    real = run.writer._views._look
-    monkeypatch.setattr(run.writer._views, "_look", lambda batch: (slow.wait(1.5), real(batch))[1])
+    decoding = run.writer._parts.decoding
+    real = decoding._events
+    monkeypatch.setattr(decoding, "_events", lambda entry: (slow.wait(1.5), real(entry))[1])
     batch = encode_batch([encode((SCALARS, 0, 1, USER, {"note": secrets.token_hex(2_000_000)}))])
     assert len(batch) > 1 << 20  # packed
     run.sign(0, batch=NumberedBatch(0, 1, batch))
@@ -593,7 +605,7 @@ def test_refusals_are_told_though_much_waits_to_be_looked_at(tmp_path: Path, mon
 
 
 def test_more_names_than_are_told_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swanlab_ray.actors.writer.progress.REJECTED", 3)
+    monkeypatch.setattr("swanlab_ray.actors.writer.run_view.REJECTED", 3)
     run = Told(tmp_path)
     run.welcome(0)
     run.send(0, (SCALARS, 0, 1, USER, {f"n{number}": "text" for number in range(9)}))
@@ -608,7 +620,7 @@ def test_more_names_than_are_told_are_counted(tmp_path: Path, monkeypatch: pytes
 def test_a_rank_s_key_is_used_where_the_writer_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was exported on one machine only, and another one's rank came first. A key for another host is not."""
     monkeypatch.setattr("swanlab_ray.actors.delivery.cloud.RETRY_S", (0.02, 0.2))
-    monkeypatch.setattr(Writer, "_make_sink", make_sink)
+    monkeypatch.setattr(Parts, "_make_sink", make_sink)
     with SwanLabCloud() as cloud:
         for name, value in cloud.environment().items():
             monkeypatch.setenv(name, value)
@@ -633,7 +645,7 @@ def test_a_hello_holds_no_secret(tmp_path: Path) -> None:
     key = "a-key-that-nobody-reads"
     cluster = Cluster(settings_for(tmp_path, api_key=key))
     observer = rank(cluster, Link(cluster))
-    hello = observer._channel._hello(0)
+    hello = observer._hello(0)
     assert hello.settings is not None
     assert hello.settings["project"] == "p"
     assert key not in repr(hello) + str(hello.settings)
@@ -665,10 +677,11 @@ def test_the_actor_ends_whatever_fails_at_its_end(tmp_path: Path, monkeypatch: p
     def fails(*arguments: Any) -> Any:
         raise RuntimeError("no more threads")
 
-    monkeypatch.setattr(run.writer, "_leave", fails)
-    monkeypatch.setattr(run.writer, "_tell", fails)
+    ticker = run.writer._ticker
+    monkeypatch.setattr(ticker, "_leave", fails)
+    monkeypatch.setattr(ticker._telling, "look", fails)
     ended = threading.Event()
-    monkeypatch.setattr(run.writer, "_die", ended.set)
+    monkeypatch.setattr(ticker, "_die", ended.set)
     run.goodbye(0)
     assert ended.wait(10)
 
@@ -690,6 +703,6 @@ def test_a_thousand_ranks_and_five_thousand_names(tmp_path: Path) -> None:
     assert run.goodbye(size - 1).last
     assert run.end() == ("success", None)
     assert run.writer.status().received == 2
-    reducer = run.writer._reducer
+    reducer = run.writer._parts.reducer
     assert reducer is not None
     assert {name for _, values in reducer.sink.rows for name in values} >= {"name0", f"name{names - 1}"}  # type: ignore[attr-defined]

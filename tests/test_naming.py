@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swanlab_ray.actors.journal.reading import find_runs
+from swanlab_ray.actors.journal.files import Appender, Disk
 from swanlab_ray.actors.journal.records import Header
-from swanlab_ray.actors.journal.writing import Appender, Disk
+from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError, check_writable
 from swanlab_ray.actors.wire.naming import is_run_id, run_id_of
 

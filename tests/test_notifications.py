@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from swanlab_ray.actors.health.stragglers import Straggler
-from swanlab_ray.actors.journal.reading import summarise
 from swanlab_ray.actors.notify import messages as notifications_module
 from swanlab_ray.actors.notify.cards import Message, card
 from swanlab_ray.actors.notify.lark import LarkBot
 from swanlab_ray.actors.notify.messages import GONE_GRACE_S, START_PATIENCE_S, STRAGGLER_S, Notifications
 from swanlab_ray.actors.notify.rules import Fired
+from swanlab_ray.actors.runs.summary import summarise
 from swanlab_ray.actors.wire.status import RankStatus, WriterStatus
-from swanlab_ray.actors.writer import actor as writer_module
-from swanlab_ray.observer.transport import channel as channel_module
+from swanlab_ray.actors.writer import ticker
+from swanlab_ray.observer.transport import flusher as flusher_module
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.lark_bot import SECRET, TOKEN, LarkGroup, texts
@@ -228,9 +228,9 @@ def test_an_alert_is_a_card_and_a_notice(kept: Kept) -> None:
 @pytest.fixture
 def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[LarkGroup]:
     mortal(monkeypatch)
-    monkeypatch.setattr(channel_module, "RETRY_S", (0.01, 0.05))
+    monkeypatch.setattr(flusher_module, "RETRY_S", (0.01, 0.05))
     monkeypatch.setattr(notifications_module, "START_PATIENCE_S", 0.0)  # no SwanLab here says where the run is
-    monkeypatch.setattr(writer_module, "STATUS_LINE_S", 0.1)
+    monkeypatch.setattr(ticker, "STATUS_LINE_S", 0.1)
     with LarkGroup() as group:
         yield group
 

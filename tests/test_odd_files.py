@@ -12,13 +12,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from swanlab_ray.actors.journal import framing
-from swanlab_ray.actors.journal.reading import find_runs
+from swanlab_ray.actors.journal.files import run_directory
 from swanlab_ray.actors.journal.records import VERSION, Alert, Entry
-from swanlab_ray.actors.journal.writing import run_directory
-from swanlab_ray.observer import observer as observer_module
+from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.history import archive
 from swanlab_ray.observer.transport import channel as channel_module
+from swanlab_ray.observer.transport import queue as queue_module
+from swanlab_ray.observer.transport import tally as tally_module
+from swanlab_ray.observer.transport.queue import SLOT_BYTES
 from swanlab_ray.observer.transport.spool import how_to_upload
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
@@ -219,20 +221,19 @@ def test_a_spool_whose_journal_is_gone_or_cut_off_is_not_the_whole_run(
 
 
 def test_what_a_rank_had_to_drop_stands_in_its_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel_module, "CAPACITY", 50)
-    monkeypatch.setattr(observer_module, "CAPACITY", 50)
+    monkeypatch.setattr(queue_module, "QUEUE_BYTES", 50 * SLOT_BYTES)
     mortal(monkeypatch)
     cluster = Cluster(settings_for(tmp_path))
     link = Link(cluster)
     link.cut = True
     observer = rank(cluster, link)
-    with observer._channel._owned:  # the flusher stands still meanwhile
+    with observer._channel._ownership.lock:  # the flusher stands still meanwhile
         for step in range(200):
             observer.log({"x": float(step)}, step)
     assert not observer.finish(timeout=1)
     (account,) = archive.load_run(cluster.files).accounts
     assert (account.logged, account.spooled) == (200, 50)
-    assert account.dropped == {channel_module.OVERFLOW: 150}
+    assert account.dropped == {tally_module.OVERFLOW: 150}
 
 
 def test_what_a_spool_and_the_journal_have_both_is_counted_once(

@@ -173,7 +173,7 @@ def test_numbers_of_every_kind_are_taken(link: ShakyLink, observer: Observer) ->
         observer.log({name: number}, 0)
     assert observer.finish()
     assert arrived(link) == {name: value for name, (_, value) in numbers.items()}
-    assert link.goodbyes[0].counted.refused == 0
+    assert link.goodbyes[0].counts.refused == 0
 
 
 def test_every_wrong_name_is_told_and_all_of_them_are_counted(
@@ -195,7 +195,7 @@ def test_every_wrong_name_is_told_and_all_of_them_are_counted(
         "step '7' is not a whole number: pass an int of 0 or more, or leave it out.",
         "log() takes a dict of names and numbers, not list.",
     ]
-    assert link.goodbyes[0].counted.refused == 3 * 2 + 4
+    assert link.goodbyes[0].counts.refused == 3 * 2 + 4
 
 
 def test_so_many_wrong_names_hide_nothing_else(
@@ -207,7 +207,7 @@ def test_so_many_wrong_names_hide_nothing_else(
     observer.log({"x": 1.0}, 1_200)
     assert "'x0' is not logged" in caplog.text
     assert "Something was logged after finish()" in caplog.text
-    assert link.goodbyes[0].counted.refused == 1_200
+    assert link.goodbyes[0].counts.refused == 1_200
 
 
 class Placement:

@@ -11,14 +11,16 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from swanlab_ray.actors.journal import on_disk
-from swanlab_ray.actors.journal.reading import Summary, find_runs, merged, summarise
+from swanlab_ray.actors.journal.files import Appender, Disk, run_directory
 from swanlab_ray.actors.journal.records import Arrived, Batch, Ended, Entry, Finished, Header, pack
 from swanlab_ray.actors.journal.seen import InOrder, Numbers
-from swanlab_ray.actors.journal.writing import Appender, Disk, run_directory
+from swanlab_ray.actors.membership import on_disk
+from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.runs.merging import merged
+from swanlab_ray.actors.runs.summary import Summary, summarise
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER
-from swanlab_ray.actors.wire.messages import WINDOW, Counted, Hello, NumberedBatch, Sign
+from swanlab_ray.actors.wire.messages import WINDOW, Counts, Hello, NumberedBatch, Sign
 from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.history import archive
 from tests.incarnations import Cluster, MortalDisk, mortal, settings_for
@@ -99,7 +101,7 @@ def test_a_rank_forgets_only_what_is_there_without_a_gap(tmp_path: Path, monkeyp
     assert (ack.durable, ack.next_seq) == (1, 1)
     assert writer.status().received == 2 * EVENTS
     for one in batches[1:]:
-        ack = writer.ingest(Sign(0, LIFE, Counted(0, 0, {})), NumberedBatch(one.seq, one.events, one.data))
+        ack = writer.ingest(Sign(0, LIFE, Counts()), NumberedBatch(one.seq, one.events, one.data))
         assert ack.next_seq == one.seq + 1
     assert writer._journal.settled(10)
     assert writer.status().received == 5 * EVENTS  # each once, though 4 is there twice
@@ -107,7 +109,7 @@ def test_a_rank_forgets_only_what_is_there_without_a_gap(tmp_path: Path, monkeyp
     assert merged_seqs(tmp_path) == [0, 1, 2, 3, 4]
     (account,) = archive.load_run(cluster.files).accounts
     assert (account.written, account.missing) == (5 * EVENTS, 0)
-    rows: Any = writer._reducer.sink.rows if writer._reducer else []  # type: ignore[attr-defined]
+    rows: Any = writer._parts.reducer.sink.rows  # type: ignore[attr-defined]
     assert [step for step, _ in rows] == sorted(step for step, _ in rows)
 
 

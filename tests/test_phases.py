@@ -39,7 +39,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 def logged(cluster: Cluster) -> list[Span]:
-    from swanlab_ray.actors.journal.reading import merged
+    from swanlab_ray.actors.runs.merging import merged
 
     return [
         span

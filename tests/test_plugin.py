@@ -18,7 +18,7 @@ from pydantic import SecretStr
 if find_spec("axolotl") is None:
     pytest.skip("Axolotl is not installed: `make test` runs these tests with it", allow_module_level=True)
 
-from swanlab_ray.actors.journal.reading import find_runs
+from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
 from swanlab_ray.observer import current, sync
 from swanlab_ray.observer.history import archive, transcripts

@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 
 from swanlab_ray.actors.journal import writing as journal_module
 from swanlab_ray.actors.journal.batches import BatchReader
-from swanlab_ray.actors.journal.reading import find_runs, merged
 from swanlab_ray.actors.journal.records import Batch
+from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.wire.events import Scalars
 from swanlab_ray.actors.wire.messages import WINDOW
 from swanlab_ray.actors.writer import actor as writer_module
 from swanlab_ray.observer.history import archive
 from swanlab_ray.observer.observer import Observer
-from swanlab_ray.observer.transport import channel as channel_module
+from swanlab_ray.observer.transport import batches as batches_module
+from swanlab_ray.observer.transport import flusher as flusher_module
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.power_loss import PowerDisk, lose_power
@@ -39,10 +41,10 @@ class Job:
         patch.setattr(PowerDisk, "sick", False)
         patch.setattr(journal_module, "Disk", PowerDisk)
         patch.setattr(journal_module, "RETRY_S", 0.01)
-        patch.setattr(channel_module, "UNSENT_BYTES", 200_000)
-        patch.setattr(channel_module, "EVENTS_PER_BATCH", 10)
-        patch.setattr(channel_module, "RETRY_S", (0.005, 0.02))
-        patch.setattr(channel_module, "FLUSH_INTERVAL_S", 0.005)
+        patch.setattr(batches_module, "UNSENT_BYTES", 200_000)
+        patch.setattr(batches_module, "EVENTS_PER_BATCH", 10)
+        patch.setattr(flusher_module, "RETRY_S", (0.005, 0.02))
+        patch.setattr(flusher_module, "FLUSH_INTERVAL_S", 0.005)
         patch.setattr(writer_module, "FLUSH_INTERVAL_S", 0.005)
         self.directory = Path(tempfile.mkdtemp())
         self.cluster = Cluster(settings_for(self.directory, rank_series=0))
@@ -69,10 +71,10 @@ class Job:
         """Wait until each rank has as much under way as it may, or no more to send."""
 
         def full(observer: Observer) -> bool:
-            window = list(observer._channel._window)
+            window = list(observer._channel._window.under_way)
             held = observer.statistics()
-            all_of_it = sum(batch.events for batch in window) == held.waiting + held.spooled
-            return all(batch.taken for batch in window) and (all_of_it or len(window) == WINDOW)
+            all_of_it = sum(sent.batch.events for sent in window) == held.waiting + held.spooled
+            return all(sent.taken for sent in window) and (all_of_it or len(window) == WINDOW)
 
         wait_until(lambda: all(map(full, self.observers)), 10)
         for link in self.links:
@@ -99,7 +101,7 @@ class Job:
             assert account.spooled == sum(account.dropped.values()) == 0
         assert self.cluster.writer is not None
         assert self.cluster.writer.status().received == RANKS * self.logged
-        reducer: Any = self.cluster.writer._reducer
+        reducer: Any = self.cluster.writer._parts.reducer
         steps = [step for step, _ in reducer.sink.rows]
         assert steps == sorted(steps)
 

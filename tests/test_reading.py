@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from swanlab_ray.actors.journal.framing import frame
-from swanlab_ray.actors.journal.reading import (
-    TERMINATED,
-    Damaged,
-    Life,
-    Summary,
-    ending,
-    entries,
-    find_runs,
-    ledger,
-    summarise,
-)
+from swanlab_ray.actors.journal.reading import Damaged, entries
 from swanlab_ray.actors.journal.records import (
     Alert,
     Arrived,
     Batch,
     Closed,
-    Counts,
     Delivered,
     Ended,
     Entry,
@@ -38,8 +29,14 @@ from swanlab_ray.actors.journal.records import (
     UnknownFormat,
     unpack,
 )
+from swanlab_ray.actors.runs.account import Account
+from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.runs.merging import merged
+from swanlab_ray.actors.runs.summary import Life, Summary, ending, ledger, summarise
+from swanlab_ray.actors.runs.verdict import TERMINATED
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import OUTCOME, SCALARS, USER, Outcome
+from swanlab_ray.actors.wire.messages import Counts
 from swanlab_ray.observer.encoding.numbers import encode
 from tests.journals import write_file
 
@@ -86,11 +83,11 @@ def test_the_ledger_of_a_rank_adds_up_its_lives() -> None:
         Life(events=7, ended=ended(0, "success", logged=6, spooled=1, dropped={"full": 10}, refused=1)),
         Life(events=2),
     ]
-    assert ledger(lives) == (
+    assert ledger(lives) == Account(
         14,
         Counts(logged=11 + 7 + 2, spooled=3, dropped={"full": 13, "late": 1}, refused=5),
     )
-    assert ledger([]) == (0, Counts())
+    assert ledger([]) == Account()
 
 
 def test_each_batch_counts_once_and_what_is_missing_is_named() -> None:
@@ -296,3 +293,26 @@ def test_records_of_the_first_version_are_read(tmp_path: Path) -> None:
     }
     for text, entry in first.items():
         assert unpack(b"C" + text) == entry
+
+
+def test_reading_a_large_journal_takes_little_memory(tmp_path: Path) -> None:
+    """Of 24 MB never more than a few batches are held, whoever reads, and however late a damaged one is."""
+    path = tmp_path / "journal-000001.log"
+    large = bytes(range(256)) * 4096
+    write_file(path, header(), [arrived(), *(Batch(0, "a", seq, 15, 1, large) for seq in range(24))])
+    with open(path, "r+b") as file:
+        file.seek(20 << 20)
+        file.write(b"x" * 100)
+    (run,) = find_runs([path])
+    readers: list[Callable[[], int]] = [
+        lambda: summarise([path]).lives[0, "a"].next_seq,
+        lambda: max(entry.seq for entry in merged(run) if isinstance(entry, Batch)) + 1,
+        lambda: sum(isinstance(found, Damaged) for found in entries(path)) + 23,
+    ]
+    for read in readers:
+        tracemalloc.start()
+        try:
+            assert read() == 24
+            assert tracemalloc.get_traced_memory()[1] < 12 << 20
+        finally:
+            tracemalloc.stop()

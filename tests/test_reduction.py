@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from swanlab_ray.actors.completions.tables import Table
@@ -18,7 +18,18 @@ from swanlab_ray.actors.reduction.aggregate import DEADLINE_S, PATIENCE_S
 from swanlab_ray.actors.reduction.clock import LEAP_S, Clock
 from swanlab_ray.actors.reduction.reduction import Reduction
 from swanlab_ray.actors.wire.codec import encode_batch
-from swanlab_ray.actors.wire.events import PROGRESS, RANK, SCALARS, USER, Config, Event, Progress, Scalars, Spans
+from swanlab_ray.actors.wire.events import (
+    PROGRESS,
+    RANK,
+    SCALARS,
+    USER,
+    Completions,
+    Config,
+    Event,
+    Progress,
+    Scalars,
+    Spans,
+)
 from swanlab_ray.actors.wire.status import REPEATED
 from swanlab_ray.observer.encoding.numbers import encode
 from tests.incarnations import settings_for
@@ -130,6 +141,22 @@ def test_memory_of_what_is_written_is_bounded_also_with_thousands_of_names(monke
     run.send(1, (SCALARS, 0, 1, USER, names))
     assert all(value == 1.0 for value in run.points["n4999"].values())
     assert run.reduction._aggregator._values == 0
+
+
+def test_a_step_that_waits_is_not_forgotten_however_many_are_written_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a rank that counts something of its own while its loop runs a thousand steps a second."""
+    monkeypatch.setattr(written, "STEPS_KEPT", 1)
+    run = Reduced()
+    run.log(0, 1, b=0.0)
+    run.log(1, 2, b=1.0)
+    run.log(1, 0, b=2.0)
+    run.wait(3)
+    run.log(0, 2, b=3.0)
+    run.log(1, 0, b=4.0)
+    assert (run.reduction.repeated, run.reduction.late) == (1, 0)
+    run.log(0, 0, b=6.0)
+    assert run.points["b"] == {0: 4.0, 1: 0.0, 2: 2.0}
+    assert (run.points["rank/1/b"], run.points["rank/0/b"]) == ({0: 2.0, 2: 1.0}, {0: 6.0, 1: 0.0, 2: 3.0})
 
 
 def test_steps_of_their_own_are_reduced_over_all_ranks_however_far_the_training_is() -> None:
@@ -292,6 +319,41 @@ def test_a_loop_that_rolls_back_to_its_checkpoint_replaces_what_it_runs_again() 
     assert run.reduction.rewound
 
 
+def test_a_new_life_may_go_back_too_to_any_step_but_its_first() -> None:
+    run = Reduced(world=1)
+    for step in range(15):
+        run.log(0, step, x=1.0)
+    run.arrive(0, "b0", 1)
+    for step, value in ((10, 2.0), (11, 2.0), (12, 2.0), (11, 3.0), (12, 3.0), (13, 3.0)):
+        run.send(0, (SCALARS, step, 1, USER, {"x": value}), life="b0")
+    assert [run.points["x"][step] for step in range(9, 15)] == [1.0, 2.0, 3.0, 3.0, 3.0, 1.0]
+    assert (run.reduction.repeated, run.reduction.late) == (0, 0)
+    run.send(0, (SCALARS, 10, 1, USER, {"x": 4.0}), life="b0")
+    assert (run.points["x"][10], run.reduction.repeated) == (2.0, 1)
+
+
+def test_what_waits_is_seen_and_what_was_held_back_comes_at_the_end() -> None:
+    run = Reduced()
+    assert [run.reduction.waiting] == [False]
+    run.log(0, 1, x=1.0)
+    assert [run.reduction.waiting] == [True]
+    run.log(1, 1, x=1.0)
+    assert [run.reduction.waiting] == [False]
+    run.take(0, [spans(step=[2]), spans(step=[3])])
+    assert [run.reduction.waiting] == [True]
+    run.take(1, [spans(step=[2]), spans(step=[3])])
+    assert [run.reduction.waiting] == [False]
+    run.take(0, [Completions(3, 1, "", "", 0, {"text": ["a"]})])
+    assert [run.reduction.waiting] == [True]
+    run.seq["a1"] += 1  # of which nothing came: what follows is held
+    run.log(1, 9, y=5.0)
+    assert "y" not in run.points
+    run.reduction.flush()
+    assert run.points["y"] == {9: 5.0}
+    assert [table.rows for table in run.tables] == [[[3, 0, "a"]]]
+    assert [run.reduction.waiting] == [False]
+
+
 def test_a_trainer_that_is_resumed_in_its_process_says_so() -> None:
     run = Reduced(world=1)
     for step in range(1, 31):
@@ -443,6 +505,7 @@ ENTRY = st.one_of(
 
 @settings(deadline=None, print_blob=True, max_examples=300)
 @given(st.lists(ENTRY, max_size=40), st.sampled_from([1, 3, 10_000]), st.integers(1, 3))
+@example([(0, 1, {"b"}), (1, 2, {"b"}), (1, 0, {"b"}), ("ticks",), (0, 2, {"b"}), (1, 0, {"b"})], 1, 2)
 def test_every_value_is_written_once_or_counted(entries: list[Any], kept: int, world: int) -> None:
     """Late, logged again, replaced while it waited, or in SwanLab: one of these, whatever comes in whatever order."""
     with pytest.MonkeyPatch.context() as patch:

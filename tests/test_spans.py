@@ -483,8 +483,7 @@ def test_series_over_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for observer in ranks:
         assert observer.finish()
     assert cluster.writer is not None
-    assert cluster.writer._reducer is not None
-    sink = cluster.writer._reducer.sink
+    sink = cluster.writer._parts.reducer.sink
     assert isinstance(sink, NoSwanLab)
     by_name: dict[str, dict[int, float]] = {}
     for step, values in sink.rows:

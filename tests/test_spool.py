@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from swanlab_ray.actors.journal.files import Disk
 from swanlab_ray.actors.journal.framing import frame
-from swanlab_ray.actors.journal.reading import find_runs, merged
 from swanlab_ray.actors.journal.records import Batch, Ended, pack
-from swanlab_ray.actors.journal.writing import Disk
+from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.runs.merging import merged
+from swanlab_ray.actors.wire.messages import NumberedBatch
 from swanlab_ray.observer.transport import spool as spool_module
 from swanlab_ray.observer.transport.spool import Spool
 from tests.incarnations import settings_for
@@ -22,11 +24,11 @@ DATA = b"x" * 1000
 
 def put(spool: Spool, *numbers: int) -> None:
     for number in numbers:
-        spool.put(number, 1, DATA)
+        spool.put(NumberedBatch(number, 1, DATA))
 
 
 def read(spool: Spool, count: int) -> list[int]:
-    return [spool.read()[0] for _ in range(count)]
+    return [spool.read().seq for _ in range(count)]
 
 
 @pytest.fixture
@@ -112,22 +114,22 @@ def test_a_place_that_holds_something_else_is_an_error_and_can_be_given_up(tmp_p
     }[harm]
     spool.path.write_bytes(content[: places[0].offset] + other + content[places[0].offset + len(other) :])
     if harm == "nothing":
-        assert spool.read() == (0, 1, DATA)
+        assert spool.read() == NumberedBatch(0, 1, DATA)
         return
     for _ in range(2):
         with pytest.raises(OSError, match=f"it is damaged at {places[0].offset}"):
             spool.read()
     assert (spool.unread, spool.give_up_first(), spool.unread) == (2, (0, 1), 1)
-    assert spool.read() == (1, 1, DATA)
+    assert spool.read() == NumberedBatch(1, 1, DATA)
     assert spool.first == 0, "it is not acknowledged all the same"
 
 
 def test_what_is_in_the_window_as_well_is_not_read_back(tmp_path: Path) -> None:
     spool = Spool(settings_for(tmp_path), "r", 0, "life")
-    spool.put(0, 3, DATA, held=True)
-    spool.put(1, 2, DATA)
+    spool.put(NumberedBatch(0, 3, DATA), held=True)
+    spool.put(NumberedBatch(1, 2, DATA))
     assert (spool.first, spool.unread) == (0, 1)
-    assert spool.read() == (1, 2, DATA)
+    assert spool.read() == NumberedBatch(1, 2, DATA)
     assert spool.unread == 0
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from swanlab_ray.actors.journal.at_work import STILL_S
-from swanlab_ray.actors.journal.reading import find_runs, summarise
+from swanlab_ray.actors.journal.files import Appender, Disk, run_directory
 from swanlab_ray.actors.journal.records import (
     REDUCTION_VERSION,
     Arrived,
@@ -24,7 +23,9 @@ from swanlab_ray.actors.journal.records import (
     Header,
     unpack,
 )
-from swanlab_ray.actors.journal.writing import Appender, Disk, run_directory
+from swanlab_ray.actors.runs.at_work import STILL_S
+from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.runs.summary import summarise
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import COMPLETIONS, SCALARS, SPANS, USER
 from swanlab_ray.actors.wire.version import package_version
@@ -32,7 +33,7 @@ from swanlab_ray.observer import sync
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.history import archive
-from swanlab_ray.observer.transport import channel
+from swanlab_ray.observer.transport import batches
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.journals import write_journal
@@ -122,7 +123,7 @@ def test_a_live_writer_says_so_once_and_goes_on(tmp_path: Path, monkeypatch: pyt
     observer.log({"x": 0}, 0)
     assert observer.flush()
     writer = cluster.find()
-    monkeypatch.setattr(channel, "encode_batch", lambda events: b"\xc1 of another version")
+    monkeypatch.setattr(batches, "encode_batch", lambda events: b"\xc1 of another version")
     for step in (1, 2):
         observer.log({"x": step}, step)
         assert observer.flush()
@@ -159,7 +160,7 @@ def test_rows_that_another_reduction_has_counted_are_not_skipped(
         rows = Delivered(rows=5, reduction_version=version)
         _write(tmp_path, run_id, settings.public(), [arrived(), batch(0, (SCALARS, 0, 0, USER, {"x": 1.0})), rows])
         cluster = Cluster(settings)
-        assert cluster.find()._rows == (5 if run_id == "same" else 0)
+        assert cluster.find()._parts.notes.rows == (5 if run_id == "same" else 0)
         cluster.kill()
 
 
@@ -218,7 +219,7 @@ def test_without_locks_the_last_record_tells_of_this_machine_too(
 
 def test_a_writer_that_nobody_writes_to_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mortal(monkeypatch)
-    monkeypatch.setattr("swanlab_ray.actors.writer.actor.ALIVE_TICK_S", 0.1)
+    monkeypatch.setattr("swanlab_ray.actors.writer.ticker.ALIVE_TICK_S", 0.1)
     cluster = Cluster(settings_for(tmp_path))
     cluster.find()
     (path,) = cluster.files.journals

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from swanlab_ray.actors.journal.reading import find_runs
+from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
 from swanlab_ray.observer import session
 from swanlab_ray.observer.job import which_run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from swanlab_ray.actors.journal.reading import find_runs
+from swanlab_ray.actors.runs.finding import find_runs
 from tests.conftest import job_environment
 from tests.incarnations import logged_in
 

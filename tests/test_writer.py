@@ -11,22 +11,33 @@ from typing import Any
 
 import pytest
 
-from swanlab_ray.actors.journal.reading import KILLED
+from swanlab_ray.actors.membership import newcomers as newcomers_module
+from swanlab_ray.actors.runs.summary import KILLED
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER, Outcome, State
 from swanlab_ray.actors.wire.locks import pid_namespace
-from swanlab_ray.actors.wire.messages import Ack, Counted, Doing, Farewell, Goodbye, Hello, NumberedBatch, Sign
-from swanlab_ray.actors.writer import actor as writer_module
-from swanlab_ray.actors.writer import newcomers as newcomers_module
-from swanlab_ray.actors.writer.actor import RunEnded, Unknown, Writer
+from swanlab_ray.actors.wire.messages import (
+    Ack,
+    Counts,
+    Doing,
+    Farewell,
+    Goodbye,
+    Hello,
+    NumberedBatch,
+    RunEnded,
+    Sign,
+    Unknown,
+)
+from swanlab_ray.actors.writer import ending, ticker
+from swanlab_ray.actors.writer.actor import Writer
 from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.history import archive
 from tests.conftest import wait_until
 from tests.swanlab_file import RunFile, only_run
 
 _runs = itertools.count()
-NOTHING = Counted(0, 0, {})
+NOTHING = Counts()
 
 
 class Run:
@@ -63,10 +74,10 @@ class Run:
         ack = self.sign(rank, life=life, batch=NumberedBatch(seq, len(events), batch))
         self.seq[rank] = ack.next_seq
         assert self.writer._journal.settled(10)
-        assert self.writer._views.settled(10)
+        assert self.writer._parts.decoding.settled(10)
         return ack
 
-    def sign(self, rank: int, counted: Counted = NOTHING, life: str = "a", batch: NumberedBatch | None = None) -> Ack:
+    def sign(self, rank: int, counted: Counts = NOTHING, life: str = "a", batch: NumberedBatch | None = None) -> Ack:
         ack: Ack = self.writer.ingest(Sign(rank, life, counted), batch)
         return ack
 
@@ -77,7 +88,7 @@ class Run:
         self, rank: int, state: State = "success", error: str | None = None, time_ns: int = 0, life: str = "a"
     ) -> Farewell:
         farewell: Farewell = self.writer.goodbye(
-            Goodbye(rank=rank, life=life, state=state, error=error, time_ns=time_ns, counted=NOTHING)
+            Goodbye(rank=rank, life=life, state=state, error=error, ended_ns=time_ns, counts=NOTHING)
         )
         return farewell
 
@@ -90,7 +101,7 @@ class Run:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """These writers are no actors: they have nothing to end."""
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr(writer_module, "LINGER_S", 0.0)
+    monkeypatch.setattr(ticker, "LINGER_S", 0.0)
 
 
 def test_success_only_if_every_rank_finished(tmp_path: Path) -> None:
@@ -147,7 +158,7 @@ def test_a_batch_is_a_sign_of_life(tmp_path: Path) -> None:
     run.hello(1)
     wait_until(lambda: run.sign(1).durable == 0 and run.writer.status().ranks[0].state == "lost")
     run.writer.ingest(
-        Sign(0, "a", Counted(7, 0, {"some reason": 2}, 1), Doing(3, "forward", 0.5)),
+        Sign(0, "a", Counts(logged=7, dropped={"some reason": 2}, refused=1), Doing(3, "forward", 0.5)),
         NumberedBatch(0, 1, encode_batch([encode((SCALARS, 3, time.time_ns(), USER, {"x": 1.0}))])),
     )
     (rank, _) = run.writer.status().ranks
@@ -178,7 +189,7 @@ def test_what_a_killed_rank_took_with_it_is_in_the_ledger(tmp_path: Path) -> Non
     run = Run(tmp_path, 1)
     run.hello(0)
     run.log(0, 1, x=1.0)
-    run.sign(0, Counted(11, 0, {"some reason": 2}))
+    run.sign(0, Counts(logged=11, dropped={"some reason": 2}))
     assert run.ended().state == "crashed"
     (account,) = archive.load(tmp_path)[0].accounts
     assert (account.logged, account.written, account.spooled) == (11, 1, 0)
@@ -325,7 +336,7 @@ def test_cloud_without_a_key_goes_on_in_the_journal_and_says_how_to_upload(
 def test_a_log_dir_that_cannot_be_written_is_said_and_nothing_is_acknowledged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer_module, "JOURNAL_DEADLINE_S", 0.5)
+    monkeypatch.setattr(ending, "JOURNAL_DEADLINE_S", 0.5)
     (tmp_path / "file").write_text("")
     run = Run(tmp_path / "file" / "logs", 1, rank_timeout=60.0)
     welcome = run.hello(0)

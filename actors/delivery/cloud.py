@@ -13,11 +13,12 @@ from typing import Any
 from pydantic import SecretStr
 
 from swanlab_ray.actors.completions.tables import Table
-from swanlab_ray.actors.delivery.experiment import CHUNK_SCALARS, CloudError, CloudExperiment, NoKey, same
-from swanlab_ray.actors.delivery.limits import Limits
-from swanlab_ray.actors.delivery.queue import GaveUp, Row, Sink, stderr
 from swanlab_ray.actors.delivery.refusals import Delivery, Withheld
+from swanlab_ray.actors.delivery.sink import GaveUp, Row, Sink
+from swanlab_ray.actors.log import log
 from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.swanlab.experiment import CHUNK_SCALARS, CloudError, CloudExperiment, NoKey, same
+from swanlab_ray.actors.swanlab.limits import Limits
 from swanlab_ray.actors.wire.events import State
 
 RETRY_S = (1.0, 30.0)
@@ -189,13 +190,13 @@ class CloudRun(Sink):
                 continue
             if self._away_since is not None:
                 self._away_since = None
-                stderr("the SwanLab cloud is back; catching up")
+                log("the SwanLab cloud is back; catching up")
             return result
 
     def _away(self, reason: str) -> None:
         if self._away_since is None:
             self._away_since = time.monotonic()
-            stderr(f"the SwanLab cloud is away: {reason}")
+            log(f"the SwanLab cloud is away: {reason}")
         # A rank that has a key says so in a moment.
         soon = self._no_key and self.left() == math.inf and time.monotonic() - self._away_since < KEY_PATIENCE_S
         if not self._told and not soon:

@@ -20,12 +20,13 @@ from typing import Any
 
 from swanlab_ray.actors.completions.buffers import TABLE
 from swanlab_ray.actors.completions.tables import as_charts, as_texts
-from swanlab_ray.actors.delivery import sdk
-from swanlab_ray.actors.delivery.limits import fit_config
-from swanlab_ray.actors.delivery.queue import FINISH_DEADLINE_S, Row, Sink, Stopped, brief
+from swanlab_ray.actors.delivery.sink import FINISH_DEADLINE_S, SCALAR_BYTES, Row, Sink, Stopped
 from swanlab_ray.actors.delivery.thinning import SERIES, Beginnings, Thinning
 from swanlab_ray.actors.settings import ObserverSettings, tidy_environment
+from swanlab_ray.actors.swanlab import sdk
+from swanlab_ray.actors.swanlab.limits import fit_config
 from swanlab_ray.actors.wire.events import State
+from swanlab_ray.actors.wire.text import brief
 
 OPEN_RETRY_S = (1.0, 30.0)
 """First and longest pause between two attempts to open SwanLab's run."""
@@ -150,12 +151,13 @@ class SwanLabRun(Sink):
         if begun is not row:
             self._tell_of_thinning()
             row = begun
-        bound = max(2 * row.weight, LOCAL_WAITING, int(self._pace.rate() * LOCAL_LAG_S))
+        scalars = max(LOCAL_WAITING, int(self._pace.rate() * LOCAL_LAG_S))
+        bound = max(2 * row.size, SCALAR_BYTES * scalars)
         if self._waiting < bound / 4:
             self._thinning.relax()
         row = self._thinning.keep(row)
         self._rows.append(row)
-        self._waiting += row.weight
+        self._waiting += row.size
         if self._waiting > bound:
             self._waiting = self._thinning.thin(self._rows, self._waiting, bound)
             self._tell_of_thinning()

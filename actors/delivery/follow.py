@@ -11,24 +11,32 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from swanlab_ray.actors.completions.buffers import CompletionBuffer
 from swanlab_ray.actors.completions.tables import Table
 from swanlab_ray.actors.delivery.disk import SwanLabRun
-from swanlab_ray.actors.delivery.queue import Sink, brief, stderr
-from swanlab_ray.actors.journal.reading import Damaged, Follower, RunFiles, find_runs, merged
+from swanlab_ray.actors.delivery.sink import Sink
+from swanlab_ray.actors.journal.decoding import Decoded
+from swanlab_ray.actors.journal.files import journal_files
+from swanlab_ray.actors.journal.reading import Damaged, Follower
 from swanlab_ray.actors.journal.records import Batch, Entry, Finished, UnknownFormat
-from swanlab_ray.actors.journal.writing import Position, journal_files
+from swanlab_ray.actors.journal.writing import Position
+from swanlab_ray.actors.log import log
 from swanlab_ray.actors.notify.rules import Fired, Rules
 from swanlab_ray.actors.reduction.reduction import Reduction
 from swanlab_ray.actors.reduction.supersession import supersession
 from swanlab_ray.actors.reduction.timings import Timings
+from swanlab_ray.actors.runs.finding import RunFiles, find_runs
+from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.wire.codec import unpacked_size
 from swanlab_ray.actors.wire.events import Event
+from swanlab_ray.actors.wire.text import brief
 
-BACKLOG_EVENTS = 200_000
-"""Decoded events that may wait in memory."""
+BACKLOG_BYTES = 64 << 20
+"""Bytes of batches, unpacked, that may wait in memory with their events."""
 FIRED = 1000
 """Alerts that may wait to be told; the oldest go first."""
 REWRITE_SCALARS = {"offline": 1_000_000, "local": 20_000}
@@ -36,48 +44,44 @@ REWRITE_SCALARS = {"offline": 1_000_000, "local": 20_000}
 
 
 class _Item(NamedTuple):
-    entry: Entry
-    events: list[Event] | None
-    position: Position
+    decoded: Decoded
     queued: float
-
-    @property
-    def weight(self) -> int:
-        """In events: those of completions are larger than others."""
-        return max(len(self.events or ()), len(self.entry.data) // 100 if isinstance(self.entry, Batch) else 0)
+    size: int
+    """Bytes of its batch, unpacked."""
 
 
 class Reducer:
-    """Follows a run's journal into a sink.
+    """Follows a run's journal into a sink, once that is opened.
 
     Args:
-        follower: reads the journal from where this begins.
-        committed: how far the journal goes now; all of that is read first.
+        directory: the run's.
+        begun: where the journal begins, as far as it can be read.
+        committed: how far it goes now; all of that is read first.
         make_sink: opens SwanLab's run; called again where that has to be written anew.
         settings: of the run.
         notice: takes a sentence for the user.
-        finished: the end of the run, where the journal has it already and SwanLab has not.
         since_ns: when the run's job before this one had ended; what lies before raises no alert any more.
     """
 
     def __init__(
         self,
-        follower: Follower,
+        directory: Path,
+        begun: Position,
         committed: Position,
         make_sink: Callable[[], Sink],
         settings: ObserverSettings,
         notice: Callable[[str], None],
-        finished: Finished | None = None,
         since_ns: int = 0,
     ) -> None:
-        self._follower = follower
+        self._follower = Follower(directory, begun)
         self._committed = committed
-        self._behind = follower.position < committed
+        self._behind = True  # until it was opened, and what is there was read
         self._behind_since = time.monotonic()
         self._make_sink = make_sink
         self._settings = settings
         self._notice = notice
         self.sink = make_sink()
+        self.opened = False
         self._rules = Rules(settings.alerts, since_ns)
         self._reduction = Reduction(
             self, settings, notice=notice, emit_again=self._write_replacing, on_nonfinite=self._look_at_nonfinite
@@ -85,16 +89,27 @@ class Reducer:
         self._fired: deque[Fired] = deque(maxlen=FIRED)
         self._passed_on = 0  # scalars
         self._queue: deque[_Item] = deque()
-        self._events = 0
+        self._bytes = 0  # of what is queued
         self._changed = threading.Condition()
         self._ended = False
         self._excused = False
-        self._finished = finished
+        self._finished: Finished | None = None
         """The end that the writer is waiting for; others that the journal tells of are those of earlier sessions."""
+
+    def open(self, finished: Finished | None = None) -> None:
+        """Open SwanLab's run and begin, where that was not done.
+
+        Args:
+            finished: the end of the run, where the journal has it already and SwanLab has not.
+        """
+        if self.opened:
+            return
+        self.opened = True
+        self._behind_since = time.monotonic()
+        self.sink.start()
         if finished is not None:
-            self.sink.hurry()
-        self._thread = threading.Thread(target=self._work, name="reducer", daemon=True)
-        self._thread.start()
+            self.finish(finished)
+        threading.Thread(target=self._work, name="reducer", daemon=True).start()
 
     @property
     def late(self) -> int:
@@ -117,6 +132,11 @@ class Reducer:
         return self._reduction.completions
 
     @property
+    def completions_dropped(self) -> int:
+        """Those of them that got into no table, or not into SwanLab."""
+        return self.completions.dropped + self.sink.completions_lost
+
+    @property
     def timings(self) -> Timings:
         """Where the time goes."""
         return self._reduction.timings
@@ -128,20 +148,23 @@ class Reducer:
 
     def lag(self) -> float:
         """Seconds by which SwanLab is behind what was acknowledged."""
+        if not self.opened:
+            return 0.0
         with self._changed:
             since = self._behind_since if self._behind else self._queue[0].queued if self._queue else None
         return max(self.sink.lag(), time.monotonic() - since if since is not None else 0.0)
 
-    def put(self, entry: Entry, events: list[Event] | None, position: Position) -> None:
-        """Take the next entry of the journal, committed up to ``position``. Never blocks."""
+    def put(self, decoded: Decoded) -> None:
+        """Take the next entry of the journal. Never blocks."""
+        entry = decoded.entry
         with self._changed:
-            self._committed = position
-            if not self._behind and self._events > BACKLOG_EVENTS:
+            self._committed = decoded.position
+            if not self._behind and self._bytes > BACKLOG_BYTES:
                 self._behind, self._behind_since = True, time.monotonic()
             if not self._behind:
-                item = _Item(entry, events, position, time.monotonic())
-                self._queue.append(item)
-                self._events += item.weight
+                size = unpacked_size(entry.data) if isinstance(entry, Batch) else 0
+                self._queue.append(_Item(decoded, time.monotonic(), size))
+                self._bytes += size
             self._changed.notify()
 
     def finish(self, finished: Finished) -> None:
@@ -172,11 +195,11 @@ class Reducer:
                     self._changed.wait()
                 item = self._queue.popleft() if self._queue else None
                 if item is not None:
-                    self._events -= item.weight
+                    self._bytes -= item.size
             try:
                 if item is not None:
-                    self._take(item.entry, item.events)
-                    self._follower.position = item.position
+                    self._take(item.decoded.entry, item.decoded.events)
+                    self._follower.position = item.decoded.position
                 elif self._behind:
                     self._catch_up()
             except Exception:
@@ -204,7 +227,7 @@ class Reducer:
                     return
         except Exception as error:  # of reading; tried again it would be the same
             if not isinstance(error, (OSError, UnknownFormat)):
-                stderr(traceback.format_exc())
+                log(traceback.format_exc())
             self.sink.complete = False
             self._notice(f"The journal cannot be read ({brief(error)}); SwanLab misses a part of this run.")
             self._follower.position = until
@@ -230,7 +253,7 @@ class Reducer:
             if self._reduction.rewound and isinstance(self.sink, SwanLabRun):
                 self._write_again(self.sink)
         except Exception as error:
-            stderr(traceback.format_exc())
+            log(traceback.format_exc())
             self.sink.complete = False
             self._notice(
                 f"Steps were run again, and SwanLab's run could not be written anew ({brief(error)}). "
@@ -252,6 +275,7 @@ class Reducer:
         sink.restart()
         self.sink = again = self._make_sink()
         again.waits = True
+        again.start()
         again.hurry(sink.left())
         reduction = Reduction(again, self._settings, superseded)
         for found in merged(run):
@@ -294,7 +318,7 @@ class Reducer:
 
     def _excuse(self) -> None:
         """Say that something could not be worked off; one bad value must not end the run."""
-        stderr(traceback.format_exc())
+        log(traceback.format_exc())
         if not self._excused:
             self._excused = True
             self._notice("Some values could not be written; see the writer's log.")

@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from swanlab_ray.actors.delivery.experiment import CloudError, CloudExperiment, Point, Refused, ServerError
-from swanlab_ray.actors.delivery.limits import Limits, shown
-from swanlab_ray.actors.delivery.queue import Row
+from swanlab_ray.actors.delivery.sink import Row
+from swanlab_ray.actors.swanlab.experiment import CloudError, CloudExperiment, Point, Refused, ServerError
+from swanlab_ray.actors.swanlab.limits import Limits, shown
 
 Send = Callable[[list[Any]], None]
 ASKED = 8

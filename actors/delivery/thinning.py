@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from swanlab_ray.actors.delivery.queue import Row
+from swanlab_ray.actors.delivery.sink import Row
 
 FARTHEST = 1 << 62
 SERIES = 500
@@ -74,19 +74,19 @@ class Thinning:
                 close.add(name)
         return _without(row, close, self._lose)
 
-    def thin(self, rows: deque[Row], weighs: int, bound: int) -> int:
-        """Thin rows of this weight until they weigh no more than the bound; returns what they weigh then. The first is
-        left as it is: it is being written.
+    def thin(self, rows: deque[Row], size: int, bound: int) -> int:
+        """Thin rows of so many bytes until they have no more than the bound; returns how many they have then. The
+        first is left as it is: it is being written.
         """
-        while weighs > bound and len(rows) > 1 and self._distance < FARTHEST:
+        while size > bound and len(rows) > 1 and self._distance < FARTHEST:
             self._distance *= 2
             first = rows.popleft()
             self._last = dict.fromkeys(first.values, first.step)
             kept = [row for row in map(self.keep, rows) if row.values or row.table is not None]
             rows.clear()
             rows.extend([first, *kept])
-            weighs = sum(row.weight for row in rows)
-        return weighs
+            size = sum(row.size for row in rows)
+        return size
 
     def relax(self) -> None:
         """There is room again."""

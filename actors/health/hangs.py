@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from swanlab_ray.actors.membership.members import Member
 from swanlab_ray.actors.wire.events import Stacks
-from swanlab_ray.actors.wire.messages import BEAT_S, Doing, Hello
+from swanlab_ray.actors.wire.messages import BEAT_S, Doing, Process
 from swanlab_ray.actors.wire.status import Hang
-from swanlab_ray.actors.writer.members import Member
 
 LONG_PHASES = ("evaluate", "checkpoint")
 LONG = 6
@@ -110,10 +110,10 @@ class Health:
         """The hang that was told and is going on."""
         return self._hang.told if self._hang else None
 
-    def doing(self, hello: Hello, now: float) -> Doing | None:
+    def doing(self, process: Process, now: float) -> Doing | None:
         """What a rank does now, as far as it said."""
-        known = self._ranks.get(hello.rank)
-        if known is None or known.life != hello.life:
+        known = self._ranks.get(process.rank)
+        if known is None or known.life != process.life:
             return None
         return Doing(known.doing.step, known.doing.span, known.idle(now))
 
@@ -179,14 +179,14 @@ class Health:
             return {}
         training: dict[int, _Rank] = {}
         for member in members:
-            known = self._ranks.get(member.hello.rank)
-            if known is None or known.life != member.hello.life:
+            known = self._ranks.get(member.process.rank)
+            if known is None or known.life != member.process.life:
                 continue
             if member.state == "running" and not _over(member):
                 if _may_idle(member, known.doing):
                     known.since = now
                 else:
-                    training[member.hello.rank] = known
+                    training[member.process.rank] = known
             else:  # what it may still do, another training perhaps, begins anew
                 known.since, known.steps = now, 0
         # Where only some ranks say what step they are at, the others cannot be judged.
@@ -194,7 +194,7 @@ class Health:
         return stepping or training
 
     def _told(self, hang: _Found, members: Sequence[Member], watched: dict[int, _Rank], now: float) -> Hang:
-        by_rank = {member.hello.rank: member for member in members}
+        by_rank = {member.process.rank: member for member in members}
         silent = [rank for rank, known in watched.items() if now - known.at > SILENT_S]
         stacks = {rank: known.stacks for rank, known in watched.items() if known.stacks and rank not in silent}
         behind = silent or _behind({rank: known.doing.step for rank, known in watched.items()}, stacks)
@@ -202,16 +202,16 @@ class Health:
             behind = [rank for rank, found in stacks.items() if found.frames and not _meets(found.frames[0])]
         sentences = [self._silence(by_rank[rank]) for rank in silent[:NAMED]]
         for rank in [] if silent else behind[:NAMED]:
-            hello, doing = by_rank[rank].hello, watched[rank].doing
+            process, doing = by_rank[rank].process, watched[rank].doing
             sentences.append(
-                f"Rank {rank} ({hello.host}, pid {hello.pid}) is behind: {_stands(doing, stacks.get(rank))}."
+                f"Rank {rank} ({process.host}, pid {process.pid}) is behind: {_stands(doing, stacks.get(rank))}."
             )
         if len(behind) > NAMED:
             sentences.append(f"So are {len(behind) - NAMED} more ranks.")
         ended = [member for member in members if member.state in ("success", "aborted")]
-        sentences += [f"Rank {member.hello.rank} has ended ({member.state})." for member in ended[:NAMED]]
+        sentences += [f"Rank {member.process.rank} has ended ({member.state})." for member in ended[:NAMED]]
         over = [member for member in members if member.state == "running" and _over(member)]
-        sentences += [f"The training of rank {member.hello.rank} is over." for member in over[:NAMED]]
+        sentences += [f"The training of rank {member.process.rank} is over." for member in over[:NAMED]]
         places: dict[str, list[int]] = {}
         for rank, known in watched.items():
             if rank not in behind:
@@ -224,9 +224,9 @@ class Health:
         return Hang(number=hang.number, seconds=now - hang.since, text=" ".join(sentences), stacks="\n\n".join(shown))
 
     def _silence(self, member: Member) -> str:
-        hello = member.hello
+        process = member.process
         why = why_silent(self._state_of(member))
-        return f"Rank {hello.rank} ({hello.host}, pid {hello.pid}) gives no sign of life: {why}."
+        return f"Rank {process.rank} ({process.host}, pid {process.pid}) gives no sign of life: {why}."
 
 
 def why_silent(state: str | None) -> str:
@@ -250,7 +250,7 @@ def _may_idle(member: Member, doing: Doing) -> bool:
     """Whether nothing says that it is at work: one process of its own, such as a notebook, that has no span open and in
     which no Trainer trains. Perhaps its user is thinking."""
     trains = member.view.outcome is not None and member.view.outcome.state is None
-    return member.hello.world_size == 1 and not doing.span and not trains
+    return member.process.world_size == 1 and not doing.span and not trains
 
 
 def _behind(steps: dict[int, int | None], stacks: dict[int, Stacks]) -> list[int]:

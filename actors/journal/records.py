@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from swanlab_ray.actors.wire.events import State
+from swanlab_ray.actors.wire.messages import End, Process
 
 VERSION = 1
 
-REDUCTION_VERSION = 2
+REDUCTION_VERSION = 3
 """Rises with every change of which rows the same entries reduce to: what was delivered is counted in rows."""
 
 _CONTROL, _BATCH = b"C", b"B"
@@ -57,48 +58,26 @@ class Header(_Control):
     """The writer's :data:`REDUCTION_VERSION`."""
 
 
-class Arrived(_Control):
+class Arrived(_Control, Process):
     """A rank said hello for the first time in this life."""
 
     type: Literal["arrived"] = "arrived"
-    rank: int
-    world_size: int
-    life: str
-    local_rank: int
-    host: str
-    pid: int
-    pid_namespace: str
-    gpu: str | None = None
-    restarts: int = 0
-    attempt: int = 0
-    nonce: str = ""
-    version: str = ""
+
+    @classmethod
+    def of(cls, process: Process, time_ns: int | None = None) -> Arrived:
+        """The record of a hello that came at ``time_ns``; by default now."""
+        return cls(time_ns=time_ns or time.time_ns(), **{name: getattr(process, name) for name in Process.model_fields})
 
 
-class Counts(BaseModel):
-    """What a rank counted in one life, in events: ``logged = written + spooled + dropped`` once it has ended."""
-
-    model_config = ConfigDict(frozen=True)
-
-    logged: int = 0
-    spooled: int = 0
-    """Kept on the rank's own disk, for ``swanlab-ray sync``."""
-    dropped: dict[str, int] = {}
-    """By reason."""
-    refused: int = 0
-    """Values, and whole calls, that were wrong and are no events."""
-
-
-class Ended(_Control):
+class Ended(_Control, End):
     """A rank ended, or was lost."""
 
     type: Literal["ended"] = "ended"
-    rank: int
-    life: str
-    state: State | Literal["lost"]
-    error: str | None = None
-    ended_ns: int
-    counts: Counts = Counts()
+
+    @classmethod
+    def of(cls, end: End) -> Ended:
+        """The record of what a rank has said."""
+        return cls(**{name: getattr(end, name) for name in End.model_fields})
 
 
 class Returned(_Control):

@@ -14,10 +14,6 @@ seen already.
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
-import re
-import stat
 import threading
 import time
 from collections import deque
@@ -26,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from swanlab_ray.actors.journal.framing import frame
+from swanlab_ray.actors.journal.files import Appender, Disk, journal_files
 from swanlab_ray.actors.journal.records import Batch, Entry, Header, pack
 
 ROTATE_BYTES = 256 << 20
@@ -35,7 +31,6 @@ GROUP_BYTES = 8 << 20
 """Bytes in one write; what waits beyond that is in the next."""
 RETRY_S = 1.0
 """Pause between two attempts to write when the disk refuses."""
-_NAME = re.compile(r"journal-(\d{6,})\.log")
 
 
 class Position(NamedTuple):
@@ -45,190 +40,12 @@ class Position(NamedTuple):
     offset: int
 
 
-class Disk:
-    """Every call that a journal makes to the file system, so that tests can let any of them fail."""
+class Committed(NamedTuple):
+    """An entry that is on disk, synced."""
 
-    def make_directory(self, path: Path) -> None:
-        """A run's directory, which only its owner can read unless others can read the log directory that is there."""
-        mode = _readable_by(path.parent.parent)
-        for one in reversed([one for one in (path, *path.parents) if not one.is_dir()]):
-            try:
-                one.mkdir(mode)
-            except FileExistsError:  # which elsewhere means that another writer was faster
-                if not one.is_dir():
-                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(one)) from None
-
-    def create(self, path: Path) -> int:
-        """A new file, durable in its directory, to be read by whoever can read that. Raises FileExistsError if somebody
-        else has created it."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        descriptor = os.open(path, flags, _readable_by(path.parent) & 0o666)
-        try:
-            directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-        except OSError:
-            os.close(descriptor)
-            self.remove(path)
-            raise
-        return descriptor
-
-    def write(self, descriptor: int, data: memoryview, offset: int) -> int:
-        return os.pwrite(descriptor, data, offset)
-
-    def sync(self, descriptor: int) -> None:
-        os.fdatasync(descriptor)
-
-    def make_durable(self, path: Path) -> None:
-        """Sync what some process has written there, living or dead."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def linked(self, descriptor: int) -> bool:
-        """Whether the file still has a name: a file whose directory was removed takes data without complaint."""
-        return os.fstat(descriptor).st_nlink > 0
-
-    def truncate(self, descriptor: int, size: int) -> None:
-        os.ftruncate(descriptor, size)
-
-    def exists(self, path: Path) -> bool:
-        """Whether a file is there, also for another machine that has just made it."""
-        os.close(os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC))  # else NFS answers from memory for a minute
-        try:
-            os.stat(path)
-        except FileNotFoundError:
-            return False
-        return True
-
-    def close(self, descriptor: int) -> None:
-        os.close(descriptor)
-
-    def remove(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
-
-
-def _readable_by(directory: Path) -> int:
-    """The mode of a directory to be made in this one: its own, but writable by the owner only, and private in a place
-    that is everybody's, such as /tmp, or that is not there yet."""
-    try:
-        mode = directory.stat().st_mode
-    except OSError:
-        return 0o700
-    return 0o700 if mode & stat.S_ISVTX else 0o700 | mode & 0o055
-
-
-def run_directory(log_dir: Path, run_id: str) -> Path:
-    """Where the journal of a run lies."""
-    return log_dir / "observer" / run_id
-
-
-def journal_files(directory: Path) -> dict[int, Path]:
-    """The journal files in a directory by epoch, in order."""
-    try:
-        names = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
-    except OSError:  # then writing fails as well, and says so
-        return {}
-    return dict(sorted(names))
-
-
-def being_written(path: Path) -> bool | None:
-    """Whether a living process of this machine appends to this file; None: its disk has no locks to tell."""
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return None
-    return False
-
-
-class Appender:
-    """One file of framed records that only grows. A journal has one per epoch, a rank's spool is one.
-
-    Raises:
-        OSError: from any method. What a failed append left behind is cut off, or overwritten by the next one.
-    """
-
-    def __init__(self, path: Path, header: Header, disk: Disk) -> None:
-        self.path = path
-        self.size = 0
-        self.kept = 0
-        """How much of it counts: for whoever appends to set."""
-        self.doubtful = False
-        """A sync has failed, so nobody knows what of it is on the disk."""
-        self._disk = disk
-        self._descriptor = disk.create(path)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that somebody is at work here
-        except OSError:
-            pass  # not every shared file system has locks
-        try:
-            self.append([pack(header)])
-            self.sync()
-        except OSError:
-            self.close()
-            disk.remove(path)
-            raise
-        self._begin = self.kept = self.size
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing but its header counts."""
-        return self.kept <= self._begin
-
-    def append(self, payloads: list[bytes]) -> list[int]:
-        """Write records; returns the offset after each. They are not durable before :meth:`sync`."""
-        pieces, ends, offset = [], [], self.size
-        for payload in payloads:
-            pieces.append(frame(payload, offset))
-            offset += len(pieces[-1])
-            ends.append(offset)
-        data, place = memoryview(b"".join(pieces)), self.size
-        try:
-            while data:
-                written = self._disk.write(self._descriptor, data, place)
-                if written <= 0:
-                    raise OSError(errno.EIO, "nothing was written")
-                data, place = data[written:], place + written
-        except OSError:
-            self.cut(self.size)
-            raise
-        self.size = offset
-        return ends
-
-    def cut(self, size: int) -> bool:
-        """Give up what lies behind this offset; False if that cannot be done."""
-        self.size = size
-        try:
-            self._disk.truncate(self._descriptor, size)
-        except OSError:
-            return False
-        return True
-
-    def sync(self) -> None:
-        """Make what was written durable."""
-        self.doubtful = True
-        self._disk.sync(self._descriptor)
-        if not self._disk.linked(self._descriptor):
-            raise FileNotFoundError(errno.ENOENT, "the directory has vanished", str(self.path.parent))
-        self.doubtful = False
-
-    def close(self) -> None:
-        """Close the file, once."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            try:
-                self._disk.close(descriptor)
-            except OSError:
-                pass  # everything that counts was synced
+    entry: Entry
+    position: Position
+    """After it."""
 
 
 class Journal:
@@ -237,7 +54,6 @@ class Journal:
     Args:
         directory: the run's directory.
         header: makes the header of a file, given its epoch.
-        on_commit: called on the journal's thread with entries that are durable now, each with the position after it.
         on_trouble: called once when writing begins to fail, with the reason, and with None when it works again.
         on_fenced: called once a newer incarnation was found; nothing is committed any more.
     """
@@ -246,14 +62,13 @@ class Journal:
         self,
         directory: Path,
         header: Callable[[int], Header],
-        on_commit: Callable[[list[tuple[Entry, Position]]], None],
         on_trouble: Callable[[OSError | None], None],
         on_fenced: Callable[[], None],
         disk: Disk | None = None,
     ) -> None:
         self.directory = directory
         self._header = header
-        self._on_commit = on_commit
+        self._on_commit: Callable[[list[Committed]], None] = lambda committed: None
         self._on_trouble = on_trouble
         self._on_fenced = on_fenced
         self._disk = disk or Disk()
@@ -280,8 +95,9 @@ class Journal:
         """Epochs of earlier incarnations. What is written there from now on is acknowledged by nobody."""
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
 
-    def start(self) -> None:
-        """Begin to write what is appended."""
+    def start(self, on_commit: Callable[[list[Committed]], None]) -> None:
+        """Begin to write what is appended; what is durable goes to ``on_commit``, on the journal's thread."""
+        self._on_commit = on_commit
         if self._refused is not None:
             self._trouble(self._refused)
         self._thread.start()
@@ -333,7 +149,9 @@ class Journal:
                 time.sleep(RETRY_S)
             with self._wake:
                 self.queued_bytes -= sum(len(entry.data) for entry in group if isinstance(entry, Batch))
-            self._on_commit([(entry, Position(self.epoch, end)) for entry, end in zip(group, ends, strict=True)])
+            self._on_commit(
+                [Committed(entry, Position(self.epoch, end)) for entry, end in zip(group, ends, strict=True)]
+            )
             self._committed += len(group)
             with self._wake:
                 for waiter in [waiter for waiter in self._waiters if waiter[0] <= self._committed]:

@@ -119,7 +119,7 @@ class Aggregator:
         if row is None or row.mixed or shape.scope == JOB:
             written = self._written.at(step)
             if written or step < self._written.certain:
-                fresh, again = self._fresh(rank, scalars, shape, written)
+                fresh, again = self._fresh(rank, scalars, shape, written, row)
                 if not fresh:
                     return
                 if len(fresh) < len(scalars.values):
@@ -219,7 +219,7 @@ class Aggregator:
     # What was written before.
 
     def _fresh(
-        self, rank: int, scalars: Scalars, shape: Shape, written: dict[frozenset[str], Group] | None
+        self, rank: int, scalars: Scalars, shape: Shape, written: dict[frozenset[str], Group] | None, row: Row | None
     ) -> tuple[dict[str, float], bool]:
         """Those of these values that are neither late nor logged again, and whether they replace others."""
         step = scalars.step
@@ -232,7 +232,7 @@ class Aggregator:
         reopened = []
         for name, (key, value) in zip(shape.names, scalars.values.items(), strict=True):
             group = self._written.find(step, name.id)
-            if group is None and not self._written.forgotten(step, name.id):
+            if group is None and (not self._written.forgotten(step, name.id) or (row is not None and row.has(name.id))):
                 fresh[key] = value
             elif group is None:
                 first = name.reporters != {rank} and self._written.first_below(rank, step, name.id)

@@ -7,11 +7,12 @@ from contextlib import suppress
 
 from swanlab_ray.actors.completions.buffers import TABLE
 from swanlab_ray.actors.journal.batches import BatchReader
-from swanlab_ray.actors.journal.reading import RunFiles, merged
 from swanlab_ray.actors.journal.records import Arrived, Batch
 from swanlab_ray.actors.reduction.passes import Passes
 from swanlab_ray.actors.reduction.spans import PREFIX, spans_of
 from swanlab_ray.actors.reduction.written import NOBODY, Group, Written
+from swanlab_ray.actors.runs.finding import RunFiles
+from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.wire.events import RANK, Completions, Event, Progress, Scalars, Spans
 
 

@@ -58,6 +58,10 @@ class Row:
             if rank in waiting.by_rank:
                 waiting.back |= {rank}
 
+    def has(self, id_: str) -> bool:
+        """Whether this name waits here."""
+        return id_ in self.names or any(id_ in shape.ids for shape in self.calls)
+
     def holds(self, rank: int, ids: frozenset[str]) -> bool:
         """Whether this rank has logged one of these names here, and has not gone back since."""
         waiting: list[Calls | Waiting] = [self.names[key] for key in ids & self.names.keys()]

@@ -81,6 +81,16 @@ def decode_batch(batch: bytes) -> tuple[list[Event], list[Rejected]]:
     return events, rejected
 
 
+def unpacked_size(batch: bytes) -> int:
+    """Bytes of a batch before it was compressed, as it says."""
+    if not batch.startswith(_PACKED):
+        return len(batch)
+    try:
+        return max(len(batch), zstandard.frame_content_size(batch))
+    except zstandard.ZstdError:
+        return len(batch)
+
+
 def _unpacked(batch: bytes) -> bytes:
     if not batch.startswith(_PACKED):
         return batch

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+from pydantic import BaseModel, ConfigDict
 
 from swanlab_ray.actors.wire.events import State
 
@@ -21,8 +22,42 @@ WINDOW = 4
 """Batches of a rank that may be under way, not acknowledged yet."""
 
 
-class Hello(msgspec.Struct, frozen=True, kw_only=True):
-    """A rank introduces itself, at the start and again after every reconnection."""
+class RunEnded(Exception):
+    """The run is closing. Whoever still wants to write needs a new writer."""
+
+
+class Fenced(Exception):
+    """A newer writer has taken over the run; this one acknowledges nothing any more."""
+
+
+class Unknown(Exception):
+    """This writer does not know the rank in this life, or from its journal only: it must say hello."""
+
+
+class Said(BaseModel):
+    """What a rank says of itself, and the journal keeps."""
+
+    model_config = ConfigDict(frozen=True)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Whoever reads it may be of another version: what it does not know is left out, what it misses is a default.
+        return type(self).model_validate, (dict(self),)
+
+
+class Counts(Said):
+    """What a rank has counted in one life, in events: ``logged = written + spooled + dropped`` once it has ended."""
+
+    logged: int = 0
+    spooled: int = 0
+    """Kept on the rank's own disk, and not taken by the writer: for ``swanlab-ray sync``."""
+    dropped: dict[str, int] = {}
+    """By reason."""
+    refused: int = 0
+    """Values, and whole calls, that were wrong and are no events: ``log(step="a")``, a list for a number."""
+
+
+class Process(Said):
+    """A process of the training in one life of its rank."""
 
     rank: int
     world_size: int
@@ -31,11 +66,9 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     pid_namespace: str
     """Identifies host and container, so that the writer knows whether it could see this process."""
-    gpu: str | None
+    gpu: str | None = None
     life: str
     """Unique to this process: a rank that is started again has another one."""
-    next_seq: int
-    """The first batch it can still send."""
     restarts: int = 0
     """How often its launcher starts the job again after failures, in all."""
     attempt: int = 0
@@ -44,10 +77,37 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     """The same for all processes of a job and for no other job; empty where nothing tells that."""
     version: str = ""
     """Of the package; empty in versions that did not tell."""
+
+
+class Hello(Process):
+    """A rank introduces itself, at the start and again after every reconnection."""
+
+    next_seq: int
+    """The first batch it can still send."""
     sent_ns: int = 0
     """Unix time at which this was sent, by the rank's clock; 0 where it does not tell."""
     settings: dict[str, Any] | None = None
     """The settings this rank was given, without secrets."""
+
+
+class End(Said):
+    """How a life of a rank ended."""
+
+    rank: int
+    life: str
+    state: State | Literal["lost"]
+    """``lost``: by the writer's judgement, where the rank has said nothing."""
+    error: str | None = None
+    ended_ns: int
+    """When, Unix nanoseconds by the rank's clock: the first failure is the cause."""
+    counts: Counts = Counts()
+
+
+class Goodbye(End):
+    """A rank says how it ends."""
+
+    sent_ns: int = 0
+    """As in :class:`Hello`."""
 
 
 class Ack(msgspec.Struct, frozen=True, array_like=True):
@@ -72,18 +132,6 @@ class Declined(msgspec.Struct, frozen=True):
     """Why, for its user; empty while that is not sure."""
 
 
-class Counted(msgspec.Struct, frozen=True, array_like=True):
-    """What a rank has counted, in events."""
-
-    logged: int
-    spooled: int
-    """On its own disk, and not taken by the writer."""
-    dropped: dict[str, int]
-    """By reason."""
-    refused: int = 0
-    """Values, and whole calls, that were wrong and are no events: ``log(step="a")``, a list for a number."""
-
-
 class Doing(msgspec.Struct, frozen=True, array_like=True):
     """What a rank is doing."""
 
@@ -100,7 +148,7 @@ class Sign(msgspec.Struct, frozen=True, array_like=True):
 
     rank: int
     life: str
-    counted: Counted
+    counted: Counts
     doing: Doing | None = None
     sent_ns: int = 0
     """As in :class:`Hello`."""
@@ -114,18 +162,6 @@ class NumberedBatch(msgspec.Struct, frozen=True, array_like=True):
     events: int
     """How many there are in it."""
     data: bytes
-
-
-class Goodbye(msgspec.Struct, frozen=True, kw_only=True):
-    rank: int
-    life: str
-    state: State
-    error: str | None
-    time_ns: int
-    """When the rank ended, Unix nanoseconds by its clock: the first failure is the cause."""
-    counted: Counted
-    sent_ns: int = 0
-    """As in :class:`Hello`."""
 
 
 class Farewell(msgspec.Struct, frozen=True, array_like=True):

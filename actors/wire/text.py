@@ -25,3 +25,9 @@ def one_line(text: str) -> str:
 def first_line(text: str) -> str:
     """The first line that says something, of an error for instance; empty where there is none."""
     return next((line for line in text.splitlines() if line.strip()), "")
+
+
+def brief(error: BaseException) -> str:
+    """An error in one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

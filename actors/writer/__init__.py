@@ -1,1 +1,1 @@
-"""The actor, who its ranks are, and how its run ends."""
+"""The actor: what Ray calls, what it recovers, how its run ends."""

@@ -19,7 +19,7 @@ import click
 from rich.console import Console
 from rich.live import Live
 
-from swanlab_ray.actors.journal.reading import find_runs
+from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.actors.settings import LOG_DIR_VARIABLES, ObserverSettings
 from swanlab_ray.actors.wire.naming import absolute
 from swanlab_ray.actors.wire.status import WriterStatus, status_line

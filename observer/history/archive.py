@@ -11,51 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from swanlab_ray.actors.journal.batches import BatchReader
-from swanlab_ray.actors.journal.reading import (
-    KILLED,
-    Damaged,
-    Life,
-    RunFiles,
-    Summary,
-    ending,
-    find_runs,
-    merged,
-    summarise,
-)
-from swanlab_ray.actors.journal.records import Batch, Counts, UnknownFormat
-from swanlab_ray.actors.journal.writing import journal_files
+from swanlab_ray.actors.journal.files import journal_files
+from swanlab_ray.actors.journal.reading import Damaged
+from swanlab_ray.actors.journal.records import Batch, UnknownFormat
 from swanlab_ray.actors.reduction.supersession import supersession
+from swanlab_ray.actors.runs.finding import RunFiles, find_runs
+from swanlab_ray.actors.runs.merging import merged
+from swanlab_ray.actors.runs.summary import Summary, ending, summarise
 from swanlab_ray.actors.wire.events import JOB, Completions, Scalars, Spans, Stacks
 from swanlab_ray.actors.wire.text import first_line
+from swanlab_ray.observer.history.ledger import Ledger, ledgers
 from swanlab_ray.observer.looking.render import Column, Grid, cell
 
 SHOWN_VALUES = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """What became of the events of one rank:
-    ``logged = written + spooled + sum(dropped) + on_the_way + missing``.
-    """
-
-    rank: int
-    lives: int
-    state: str
-    error: str | None
-    host: str
-    logged: int
-    written: int
-    """In the journal."""
-    spooled: int
-    """On a rank's own disk: in a spool that was found beside the journal, or by what the rank said."""
-    dropped: dict[str, int]
-    """By reason."""
-    on_the_way: int
-    """Counted by a rank that has not ended, and not in the journal yet."""
-    missing: int
-    """Was in the files and is not any more: damage. At least so many."""
-    refused: int
-    """Values, and whole calls, that were wrong and are no events: no part of the sum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +45,7 @@ class Run:
 
     files: RunFiles
     summary: Summary
-    accounts: list[Account]
+    accounts: list[Ledger]
     first_ns: int
     last_ns: int
     """When it began and when it was last heard of, Unix nanoseconds."""
@@ -128,7 +96,7 @@ class Run:
             else None,
             "damaged": len(self.damage),
             "ranks": [
-                {name: getattr(account, name) for name in Account.__dataclass_fields__} for account in self.accounts
+                {name: getattr(account, name) for name in Ledger.__dataclass_fields__} for account in self.accounts
             ],
             "alerts": [alert.text for alert in summary.alerts],
         }
@@ -175,7 +143,7 @@ def load_run(files: RunFiles) -> Run:
     spooled = {key: life.events for key, life in everything.lives.items()}
     for key, life in journal.lives.items():
         spooled[key] = spooled.get(key, 0) - life.events
-    accounts = list(_accounts(journal, everything, spooled, files.spools))
+    accounts = list(ledgers(journal, everything, spooled, files.spools))
     first, last = (everything.first_ns, everything.last_ns) if files.journals else _times_of_events(files)
     return Run(files, everything, accounts, first or everything.first_ns, last or everything.last_ns)
 
@@ -200,56 +168,6 @@ def find(log_dir: Path, run_id: str | None) -> Run | None:
         return load_run(runs[-1]) if runs else None
     matching = [run for run in runs if run.run_id == run_id] or [run for run in runs if run.run_id.startswith(run_id)]
     return load_run(matching[0]) if len(matching) == 1 else None
-
-
-def _accounts(
-    journal: Summary, everything: Summary, spooled: dict[tuple[int, str], int], spools: list[Path]
-) -> Iterator[Account]:
-    damaged = any(not found.damage.torn for found in journal.damaged)
-    ranks = everything.ranks()
-    for rank in sorted({rank for rank, _ in everything.lives}):
-        lives = {life: whole for (number, life), whole in everything.lives.items() if number == rank}
-        last = ranks[rank][-1] if rank in ranks else None
-        written = logged = aside = on_the_way = missing = refused = 0
-        dropped: dict[str, int] = {}
-        for name, whole in lives.items():
-            said = journal.lives.get((rank, name), Life())
-            # What a rank has put aside tells more of its end than a writer that has lost it.
-            ended = said.ended if said.ended and said.ended.state != "lost" else whole.ended
-            counts = ended.counts if ended else Counts()
-            found = spooled.get((rank, name), 0)  # what the journal has as well is not counted twice
-            kept = found if any(name in path.name for path in spools) else max(found, counts.spooled)
-            lost = {reason: count for reason, count in counts.dropped.items() if reason != KILLED}
-            refused += counts.refused
-            rest = max(0, counts.logged - said.events - kept - sum(lost.values()))
-            written, aside = written + said.events, aside + kept
-            logged += said.events + kept + sum(lost.values()) + rest
-            gone = sum(last - first + 1 for first, last in whole.missing)
-            if gone or damaged:  # then nobody can say that it was never written
-                missing += max(rest, gone)
-                logged += max(0, gone - rest)
-            elif ended is None:
-                on_the_way += rest
-            elif ended.state == "lost" and rest:
-                lost[KILLED] = rest
-            else:
-                missing += rest
-            for reason, count in lost.items():
-                dropped[reason] = dropped.get(reason, 0) + count
-        yield Account(
-            rank=rank,
-            lives=len(lives),
-            state="unknown" if last is None else last.ended.state if last.ended else "running",
-            error=last.ended.error if last and last.ended else None,
-            host=last.arrived.host if last and last.arrived else "",
-            logged=logged,
-            written=written,
-            spooled=aside,
-            dropped=dropped,
-            on_the_way=on_the_way,
-            missing=missing,
-            refused=refused,
-        )
 
 
 def missing_files(run: RunFiles) -> list[str]:
@@ -340,7 +258,7 @@ def runs_table(runs: list[Run]) -> Grid:
     return grid
 
 
-def ledger_table(accounts: list[Account]) -> Grid:
+def ledger_table(accounts: list[Ledger]) -> Grid:
     """Where the events of each rank are: logged = journal + spooled + dropped (+ on the way)."""
     grid = Grid(
         Column("rank", right=True),

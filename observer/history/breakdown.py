@@ -11,9 +11,10 @@ from rich.text import Text
 
 from swanlab_ray.actors.health.stragglers import ELSEWHERE, NAMED, Lateness, Straggler, worst
 from swanlab_ray.actors.journal.batches import BatchReader
-from swanlab_ray.actors.journal.reading import RunFiles, merged
 from swanlab_ray.actors.journal.records import Arrived, Batch, Ended
 from swanlab_ray.actors.reduction.spans import RankSpans, StepTimes
+from swanlab_ray.actors.runs.finding import RunFiles
+from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.wire.events import Spans
 from swanlab_ray.observer.looking.render import Column, Grid, cell
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from swanlab_ray.actors.journal.batches import BatchReader
-from swanlab_ray.actors.journal.reading import RunFiles, merged
 from swanlab_ray.actors.journal.records import Alert, Arrived, Batch
 from swanlab_ray.actors.reduction.spans import Span, spans_of
+from swanlab_ray.actors.runs.finding import RunFiles
+from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.wire.events import Spans
 from swanlab_ray.observer.looking.render import json_text
 

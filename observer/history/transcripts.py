@@ -9,9 +9,10 @@ from itertools import groupby
 from swanlab_ray.actors.completions.buffers import TABLE, CompletionRow, rows_of
 from swanlab_ray.actors.completions.tables import Decoder, Shown
 from swanlab_ray.actors.journal.batches import BatchReader
-from swanlab_ray.actors.journal.reading import RunFiles, merged
 from swanlab_ray.actors.journal.records import Batch
 from swanlab_ray.actors.reduction.supersession import supersession
+from swanlab_ray.actors.runs.finding import RunFiles
+from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.wire.events import Completions, Tokenizer
 
 

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swanlab_ray.actors.completions.tables import Table, safe
-from swanlab_ray.actors.delivery.account import find_account, same_host
-from swanlab_ray.actors.delivery.experiment import CHUNK_SCALARS, CloudError, CloudExperiment, Point, same
-from swanlab_ray.actors.delivery.limits import HIGHEST_STEP, Limits, fit_time
-from swanlab_ray.actors.delivery.queue import Row
 from swanlab_ray.actors.delivery.refusals import Delivery
-from swanlab_ray.actors.journal.at_work import AtWork
-from swanlab_ray.actors.journal.reading import Damaged, RunFiles, Summary, ending, find_runs, merged, summarise
+from swanlab_ray.actors.delivery.sink import SCALAR_BYTES, Row
+from swanlab_ray.actors.journal.reading import Damaged
 from swanlab_ray.actors.reduction.reduction import Reduction
 from swanlab_ray.actors.reduction.supersession import supersession
+from swanlab_ray.actors.runs.at_work import AtWork
+from swanlab_ray.actors.runs.finding import RunFiles, find_runs
+from swanlab_ray.actors.runs.merging import merged
+from swanlab_ray.actors.runs.summary import Summary, ending, summarise
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
+from swanlab_ray.actors.swanlab.account import find_account, same_host
+from swanlab_ray.actors.swanlab.experiment import CHUNK_SCALARS, CloudError, CloudExperiment, Point, same
+from swanlab_ray.actors.swanlab.limits import HIGHEST_STEP, Limits, fit_time
 
 OF_THE_RUN = (
     "project",
@@ -179,7 +182,7 @@ class _Upload:
         self._delivery = Delivery(experiment, self._limits, self._tell)
         self._progress = progress
         self._rows: list[Row] = []
-        self._scalars = 0
+        self._bytes = 0
         self._config: dict[str, object] = {}
         self._exports = True
         self.uploaded = 0
@@ -199,8 +202,8 @@ class _Upload:
         self.withheld += len(values) - len(fitted)
         row = Row(step, fit_time(time_ns), fitted, table if step <= HIGHEST_STEP else None)
         self._rows.append(row)
-        self._scalars += row.weight
-        if self._scalars >= CHUNK_SCALARS:
+        self._bytes += row.size
+        if self._bytes >= SCALAR_BYTES * CHUNK_SCALARS:
             self._send()
 
     def flush(self) -> None:
@@ -226,7 +229,7 @@ class _Upload:
             withheld = self._delivery.deliver(missing).scalars
             self.withheld += withheld
             self.uploaded -= withheld
-        self._rows, self._scalars = [], 0
+        self._rows, self._bytes = [], 0
         self._progress(self.uploaded + self.present)
 
     def _known(self, keys: list[str]) -> Callable[[str, int, float], bool]:

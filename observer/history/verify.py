@@ -9,8 +9,9 @@ from pathlib import Path
 import click
 
 from swanlab_ray.actors.journal.batches import undecodable
-from swanlab_ray.actors.journal.reading import Damaged, RunFiles, entries, find_runs
+from swanlab_ray.actors.journal.reading import Damaged, entries
 from swanlab_ray.actors.journal.records import Batch, Header, UnknownFormat
+from swanlab_ray.actors.runs.finding import RunFiles, find_runs
 from swanlab_ray.actors.wire.codec import Undecodable, decode_batch
 from swanlab_ray.actors.wire.version import package_version
 from swanlab_ray.observer.history import archive

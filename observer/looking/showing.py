@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from swanlab_ray.actors.completions.tables import readable
-from swanlab_ray.actors.journal.reading import RunFiles
+from swanlab_ray.actors.runs.finding import RunFiles
 from swanlab_ray.actors.wire.text import harmless, one_line
 from swanlab_ray.observer.history import archive, transcripts
 from swanlab_ray.observer.history.breakdown import breakdown, phases_table

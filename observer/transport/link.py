@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.messages import Ack, Declined, Farewell, Goodbye, Hello, NumberedBatch, Sign
+from swanlab_ray.actors.wire.messages import Ack, Declined, Farewell, Goodbye, Hello, NumberedBatch, RunEnded, Sign
 from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.observer.job.identity import Identity, resolve_run_id
 from swanlab_ray.observer.ray_cluster import finding as cluster
@@ -279,11 +278,9 @@ def _broken(error: Exception) -> LinkBroken:
     """What an exception means here. Ray raises that of the writer as its own kind, with the cause."""
     if isinstance(error, cluster.NoCluster):
         return LinkBroken(str(error))
-    # Not imported for this: it brings Ray, which must find its environment. Who raises it has it.
-    ended = getattr(sys.modules.get("swanlab_ray.actors.writer.actor"), "RunEnded", ())
     cause = getattr(error, "cause", None)
     told = cause if isinstance(cause, Exception) else error
-    if isinstance(told, ended):
+    if isinstance(told, RunEnded):
         return RunOver(_brief(told))
     if _cannot_start(error):
         return LinkBroken(

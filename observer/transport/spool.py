@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from swanlab_ray.actors.journal import framing
+from swanlab_ray.actors.journal.files import Appender, Disk, journal_files, run_directory
 from swanlab_ray.actors.journal.records import Batch, Entry, Header, pack, unpack
-from swanlab_ray.actors.journal.writing import Appender, Disk, journal_files, run_directory
 from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.wire.messages import NumberedBatch
 from swanlab_ray.actors.wire.version import package_version
 
 SPOOL_BYTES = 4 << 30
@@ -62,8 +63,6 @@ class Spool:
         self._made = 0  # segments
         self.closed = False
         """What is in it is kept for good."""
-        self.events = 0
-        """Events in the batches that the writer has not acknowledged; kept by the channel."""
 
     @property
     def path(self) -> Path | None:
@@ -80,29 +79,29 @@ class Spool:
         """The number of the oldest batch that is not acknowledged."""
         return next((segment.places[0].seq for segment in self._segments if segment.places), None)
 
-    def put(self, seq: int, events: int, data: bytes, held: bool = False) -> None:
+    def put(self, batch: NumberedBatch, held: bool = False) -> None:
         """Add a batch, the last so far. ``held``: it is in the window as well, and need not be read back."""
         waiting = sum(segment.file.size for segment in self._segments)
-        if waiting + len(data) > SPOOL_BYTES:
+        if waiting + len(batch.data) > SPOOL_BYTES:
             raise OSError(errno.EFBIG, f"{waiting} bytes wait there, {SPOOL_BYTES} are the most", str(self.path))
         if not self._segments or self._segments[-1].file.size >= SEGMENT_BYTES:
             self._begin_segment()
         segment = self._segments[-1]
         begin = segment.file.size
-        batch = Batch(self._rank, self._life, seq, time.time_ns(), events, data)
-        (end,) = segment.file.append([pack(batch)])
-        segment.places.append(_Place(begin, end, seq, events))
+        record = Batch(self._rank, self._life, batch.seq, time.time_ns(), batch.events, batch.data)
+        (end,) = segment.file.append([pack(record)])
+        segment.places.append(_Place(begin, end, batch.seq, batch.events))
         segment.unread += not held
 
-    def read(self) -> tuple[int, int, bytes]:
-        """Number, events and data of the oldest batch that was not read back yet."""
+    def read(self) -> NumberedBatch:
+        """The oldest batch that was not read back yet."""
         segment, place = self._next_unread()
         for found in framing.read(segment.file.path, place.offset, place.end):
             if isinstance(found, framing.Record):
-                batch = unpack(found.payload)
-                if isinstance(batch, Batch) and batch.seq == place.seq:
+                record = unpack(found.payload)
+                if isinstance(record, Batch) and record.seq == place.seq:
                     segment.unread -= 1
-                    return batch.seq, batch.events, batch.data
+                    return NumberedBatch(record.seq, record.events, record.data)
         raise OSError(errno.EIO, f"it is damaged at {place.offset}", str(segment.file.path))
 
     def acknowledged(self, below: int) -> None:

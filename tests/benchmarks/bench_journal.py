@@ -63,28 +63,29 @@ class Direct:
 
 def ours(sync: bool) -> tuple[float, float]:
     """Scalars a second to the last acknowledgement, and bytes a scalar."""
-    from swanlab_ray.actors.journal.writing import Disk
+    from swanlab_ray.actors.journal.files import Disk
     from swanlab_ray.actors.settings import ObserverSettings
-    from swanlab_ray.actors.writer import actor as writers
+    from swanlab_ray.actors.writer.actor import Writer
+    from swanlab_ray.actors.writer.parts import Parts
     from swanlab_ray.observer.job.identity import Identity
     from swanlab_ray.observer.observer import Observer
     from tests.incarnations import NoSwanLab
 
     # The journal is measured; a process has one SwanLab client, which the first round would keep.
-    writers.Writer._make_sink = lambda self: NoSwanLab(self._notice, self._opened)  # type: ignore[method-assign]
+    Parts._make_sink = lambda self: NoSwanLab(self.notices, self.notes.opened)  # type: ignore[method-assign]
     log_dir = Path(tempfile.mkdtemp())
     settings = ObserverSettings(project="bench", mode="offline", log_dir=log_dir, run_id="bench")
     if not sync:
         Disk.sync, real = (lambda self, descriptor: None), Disk.sync  # type: ignore[method-assign]
-    writer = writers.Writer("bench", settings)
-    writer._views._forward = lambda entry, events, position: None
+    writer = Writer("bench", settings)
+    writer._parts.decoding._forward = lambda decoded: None
     observer = Observer(settings, Identity(0, 1, 0, 1), Direct(writer))
     rows = [{f"metric_{n}": random.gauss(0, 1) for n in range(SCALARS)} for _ in range(CALLS)]
     assert observer.wait_ready(10)
     begin = time.perf_counter()
     for step in range(CALLS):
         observer.log(rows[step], step)
-        while len(observer._queue) > 50_000:  # a bounded deque: beyond 65,536 the oldest would be dropped
+        while len(observer._queue) > 50_000:  # it is bounded: beyond 65,536 the oldest would be dropped
             time.sleep(0.001)
     assert observer.flush(60)
     took = time.perf_counter() - begin
@@ -119,10 +120,14 @@ class Counting:
 
 def recovery() -> None:
     """A new writer on a journal of a million events: until it answers, and until SwanLab would have all of it."""
-    from swanlab_ray.actors.journal.reading import Damaged, find_runs, merged, summarise
+    from swanlab_ray.actors.journal.files import run_directory
+    from swanlab_ray.actors.journal.reading import Damaged
     from swanlab_ray.actors.journal.records import Arrived, Batch, Header
-    from swanlab_ray.actors.journal.writing import Journal, run_directory
+    from swanlab_ray.actors.journal.writing import Journal
     from swanlab_ray.actors.reduction.reduction import Reduction
+    from swanlab_ray.actors.runs.finding import find_runs
+    from swanlab_ray.actors.runs.merging import merged
+    from swanlab_ray.actors.runs.summary import summarise
     from swanlab_ray.actors.settings import ObserverSettings
     from swanlab_ray.actors.wire.codec import encode_batch
     from swanlab_ray.actors.wire.events import SCALARS as SCALARS_TAG
@@ -133,11 +138,10 @@ def recovery() -> None:
     journal = Journal(
         directory,
         lambda epoch: Header(kind="journal", run_id="bench", epoch=epoch, host="h", pid=1, settings={}),
-        lambda entries: None,
         lambda error: None,
         lambda: None,
     )
-    journal.start()
+    journal.start(lambda committed: None)
     for rank in range(4):
         journal.append(
             Arrived(rank=rank, world_size=4, life=f"life{rank}", local_rank=rank, host="h", pid=1, pid_namespace="n")

@@ -53,9 +53,9 @@ def away() -> None:
         if step % 10_000 == 0:
             highest = max(highest, megabytes())
             while len(observer._queue) > 50_000:  # the flusher of a real rank has ten minutes
-                observer._channel._wake.set()
+                observer._channel._flusher.wake.set()
                 time.sleep(0.001)
-    observer._channel._wake.set()
+    observer._channel._flusher.wake.set()
     counts = observer.statistics()
     (spool,) = settings.log_dir.rglob("spool-*.log")
     print(
@@ -66,9 +66,10 @@ def away() -> None:
 
 def soak() -> None:
     """A writer with everything but SwanLab itself, whose memory is not ours."""
-    from swanlab_ray.actors.delivery.queue import Row, Sink
+    from swanlab_ray.actors.delivery.sink import Row, Sink
     from swanlab_ray.actors.settings import ObserverSettings
     from swanlab_ray.actors.writer.actor import Writer
+    from swanlab_ray.actors.writer.parts import Parts
     from swanlab_ray.observer.job.identity import Identity
     from swanlab_ray.observer.observer import Observer
 
@@ -77,7 +78,7 @@ def soak() -> None:
             self.written += len(first.values)
             self._forget(1)
 
-    Writer._make_sink = lambda self: Nowhere("offline", self._notice, self._opened)  # type: ignore[method-assign]
+    Parts._make_sink = lambda self: Nowhere("offline", self.notices, self.notes.opened)  # type: ignore[method-assign]
     settings = ObserverSettings(project="bench", mode="offline", log_dir=tempfile.mkdtemp(), run_id="bench")
     writer = Writer("bench", settings)
     observer = Observer(settings, Identity(0, 1, 0, 1), Direct(writer))

@@ -200,12 +200,13 @@ def step_of_spans() -> None:
 
 def many_ranks() -> None:
     """A writer that gets the spans of 64 ranks, as fast as it takes them."""
-    from swanlab_ray.actors.delivery.queue import Row, Sink
+    from swanlab_ray.actors.delivery.sink import Row, Sink
     from swanlab_ray.actors.settings import ObserverSettings
     from swanlab_ray.actors.wire.codec import encode_batch
     from swanlab_ray.actors.wire.events import Spans
-    from swanlab_ray.actors.wire.messages import Counted, Hello, NumberedBatch, Sign
+    from swanlab_ray.actors.wire.messages import Counts, Hello, NumberedBatch, Sign
     from swanlab_ray.actors.writer.actor import Writer
+    from swanlab_ray.actors.writer.parts import Parts
     from swanlab_ray.observer.encoding.numbers import encode
 
     class Nowhere(Sink):
@@ -213,7 +214,7 @@ def many_ranks() -> None:
             self.written += len(first.values)
             self._forget(1)
 
-    Writer._make_sink = lambda self: Nowhere("offline", self._notice, self._opened)  # type: ignore[method-assign]
+    Parts._make_sink = lambda self: Nowhere("offline", self.notices, self.notes.opened)  # type: ignore[method-assign]
     settings = ObserverSettings(project="bench", mode="offline", log_dir=tempfile.mkdtemp(), run_id="bench")
     writer = Writer("bench", settings)
     for rank in range(RANKS):
@@ -253,10 +254,10 @@ def many_ranks() -> None:
     begin, cpu = perf_counter(), time.process_time()
     for second, batch in enumerate(batches):
         for rank in range(RANKS):
-            sign = Sign(rank, f"life{rank}", Counted(second, 0, {}))
+            sign = Sign(rank, f"life{rank}", Counts(logged=second))
             while writer.ingest(sign, NumberedBatch(second, 1, batch)).next_seq != second + 1:
                 time.sleep(0.001)
-    while writer.status().received < RANKS * SECONDS or writer._views.behind() > 0 or writer.status().lag > 0:
+    while writer.status().received < RANKS * SECONDS or writer._parts.decoding.behind() > 0 or writer.status().lag > 0:
         time.sleep(0.01)
     took, cpu = perf_counter() - begin, time.process_time() - cpu
     spans = RANKS * count * SECONDS

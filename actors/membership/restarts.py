@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from swanlab_ray.actors.membership.members import Member, verdict
 from swanlab_ray.actors.notify.messages import RESTARTED
-from swanlab_ray.actors.writer.members import Member, verdict
 
 
 class Restarts:
-    """Kept by the writer, whose lock guards it."""
+    """Kept by the writer, whose lock guards it.
 
-    def __init__(self) -> None:
-        self.count = 0
+    Args:
+        count: times that the job was started again, as its journal tells.
+    """
+
+    def __init__(self, count: int = 0) -> None:
+        self.count = count
         """Times that the job was started again."""
         self.awaited: set[int] = set()
         """Ranks that were not started again yet, since then."""
@@ -22,7 +26,7 @@ class Restarts:
         """A rank was started again; the sentence that tells it, once for all ranks of the job."""
         if earlier.state == "success":
             return None
-        number = earlier.hello.rank
+        number = earlier.process.rank
         if self._again and number not in self._again:
             self._again.add(number)
             return None
@@ -36,4 +40,4 @@ class Restarts:
 
     def may_follow(self, ranks: Mapping[int, Member]) -> bool:
         """Whether the launcher has starts left, as far as ranks know."""
-        return any(r.hello.restarts > max(self.count, r.hello.attempt) for r in ranks.values())
+        return any(r.process.restarts > max(self.count, r.process.attempt) for r in ranks.values())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from swanlab_ray.actors.journal.reading import Summary, summarise
 from swanlab_ray.actors.journal.records import Batch
 from swanlab_ray.actors.journal.seen import LifeKey, Sequence
 from swanlab_ray.actors.journal.writing import Journal
+from swanlab_ray.actors.runs.summary import Summary, summarise
 from swanlab_ray.actors.wire.messages import Hello
 
 AGAIN_S = 10.0

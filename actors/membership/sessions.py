@@ -3,8 +3,9 @@ was lost and is heard again."""
 
 from __future__ import annotations
 
-from swanlab_ray.actors.journal.reading import Life, Summary, ledger
-from swanlab_ray.actors.journal.records import Counts, Finished
+from swanlab_ray.actors.journal.records import Finished
+from swanlab_ray.actors.runs.account import Account
+from swanlab_ray.actors.runs.summary import Life, Summary, ledger
 from swanlab_ray.actors.settings import ObserverSettings
 
 DESTINATION = (
@@ -29,13 +30,16 @@ class Sessions:
     def __init__(self, summary: Summary | None = None) -> None:
         self.over: Finished | None = None
         """How the run had ended."""
-        self.accounts: dict[int, tuple[int, Counts]] = {}
+        self.accounts: dict[int, Account] = {}
         """Of ranks, over their lives in jobs that are over."""
         self.present: dict[int, list[Life]] = {}
         """Lives of the ranks of the last job, the latest of each being one of that job."""
+        self.world_size = 0
+        """As the last rank said that arrived."""
         self._left: set[str] = set()  # lives that have said how they ended
         if summary is None:
             return
+        self.world_size = summary.world_size
         if summary.closed is not None:
             self.over = summary.finished
         for number, lives in summary.ranks().items():

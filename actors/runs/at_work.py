@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swanlab_ray.actors.journal import framing
+from swanlab_ray.actors.journal.files import being_written
 from swanlab_ray.actors.journal.records import Batch, Closed, Ended, Entry, Header, UnknownFormat, unpack
-from swanlab_ray.actors.journal.writing import being_written
 
 STILL_S = 300.0
 """A journal on another machine's disk whose last record is older than this is nobody's any more; a writer that lives

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from pydantic_settings import EnvSettingsSource, PydanticBaseSettingsSource
 
-from swanlab_ray.actors.delivery import sdk
 from swanlab_ray.actors.settings import ObserverSettings, untidy
+from swanlab_ray.actors.swanlab import sdk
 
 
 class Account(NamedTuple):

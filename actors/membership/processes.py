@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from swanlab_ray.actors.membership.members import Member
 from swanlab_ray.actors.wire.locks import pid_namespace
-from swanlab_ray.actors.writer.members import Member
 
 
 class Processes:
@@ -14,14 +14,14 @@ class Processes:
 
     def state(self, member: Member) -> str | None:
         """As Linux names it (``R``, ``S``, ``T``, ...); None where it cannot be seen, or is gone."""
-        if member.hello.pid_namespace != self._namespace:
+        if member.process.pid_namespace != self._namespace:
             return None
         try:
-            with open(f"/proc/{member.hello.pid}/stat") as stat:
+            with open(f"/proc/{member.process.pid}/stat") as stat:
                 return stat.read().rpartition(")")[2].split()[0]
         except OSError:
             return None
 
     def gone(self, member: Member) -> bool:
         """Whether it is known not to exist any more."""
-        return member.hello.pid_namespace == self._namespace and self.state(member) in (None, "Z", "X")
+        return member.process.pid_namespace == self._namespace and self.state(member) in (None, "Z", "X")

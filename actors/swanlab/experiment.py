@@ -17,12 +17,13 @@ from pydantic import SecretStr
 
 from swanlab_ray.actors.completions.buffers import TABLE
 from swanlab_ray.actors.completions.tables import as_charts
-from swanlab_ray.actors.delivery import sdk
-from swanlab_ray.actors.delivery.account import find_account
-from swanlab_ray.actors.delivery.limits import fit_config
-from swanlab_ray.actors.delivery.queue import Row, brief
+from swanlab_ray.actors.delivery.sink import Row
 from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.swanlab import sdk
+from swanlab_ray.actors.swanlab.account import find_account
+from swanlab_ray.actors.swanlab.limits import fit_config
 from swanlab_ray.actors.wire.events import State
+from swanlab_ray.actors.wire.text import brief
 
 CHUNK_SCALARS = 10_000
 """Scalars in one request, as SwanLab's own client sends them."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from swanlab_ray.actors.membership.members import Member
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.messages import BEAT_S, Declined, Hello
-from swanlab_ray.actors.writer.members import Member
 
 QUIET_S = 5 * BEAT_S
 """A process that is not heard for so long makes room for one that asks for its place."""
@@ -79,7 +79,7 @@ class Newcomers:
         if own is not None and self._is_there(own, now) and not (_same_job(hello, own) and _later(hello, own)):
             return own
         if hello.nonce and hello.nonce != self._nonce:
-            others = (r for r in ranks.values() if r.hello.nonce not in ("", hello.nonce) and self._is_there(r, now))
+            others = (r for r in ranks.values() if r.process.nonce not in ("", hello.nonce) and self._is_there(r, now))
             return next(others, None)
         return None
 
@@ -93,45 +93,45 @@ class Newcomers:
         return _destination(hello.settings) != self._destination
 
     def _sentence(self, hello: Hello, other: Member) -> str:
-        who = f"{other.hello.host}, pid {other.hello.pid}"
+        who = f"{other.process.host}, pid {other.process.pid}"
         if _same_job(hello, other):
             return (
                 f"Another process of this job reports as rank {hello.rank} ({who}): check RANK and WORLD_SIZE, "
                 "or give each program its own OBSERVER_RUN_ID. What this one logs is kept until that one has ended."
             )
         return (
-            f"Another job reports under run id '{self._run_id}' (rank {other.hello.rank}: {who}): give each job its "
+            f"Another job reports under run id '{self._run_id}' (rank {other.process.rank}: {who}): give each job its "
             "own OBSERVER_RUN_ID. What this one logs is kept until that one has ended."
         )
 
     def odd_world_size(self, members: Iterable[Member], now: float) -> Member | None:
         """A rank that came last, and does not agree with others that are there on the world's size; told once."""
         there = [r for r in members if r.state == "running" and not r.restored and now - r.heard < QUIET_S]
-        if len({r.hello.world_size for r in there}) < 2:
+        if len({r.process.world_size for r in there}) < 2:
             return None
         last = max(there, key=lambda r: r.since)
         # While a job grows or shrinks its earlier processes are still heard for a moment.
-        others = [r.heard for r in there if r.hello.world_size != last.hello.world_size]
-        if max(others) - last.since <= QUIET_S or last.hello.life in self._odd:
+        others = [r.heard for r in there if r.process.world_size != last.process.world_size]
+        if max(others) - last.since <= QUIET_S or last.process.life in self._odd:
             return None
-        self._odd.add(last.hello.life)
+        self._odd.add(last.process.life)
         return last
 
 
 def odd_world(member: Member) -> str:
     """What there is to say of such a rank."""
     return (
-        f"Rank {member.hello.rank} says the world size is {member.hello.world_size}, and other ranks that it is "
+        f"Rank {member.process.rank} says the world size is {member.process.world_size}, and other ranks that it is "
         "another: check RANK and WORLD_SIZE, or give each job its own OBSERVER_RUN_ID."
     )
 
 
 def _same_job(hello: Hello, member: Member) -> bool:
-    return bool(hello.nonce) and hello.nonce == member.hello.nonce
+    return bool(hello.nonce) and hello.nonce == member.process.nonce
 
 
 def _later(hello: Hello, member: Member) -> bool:
-    return hello.attempt > member.hello.attempt
+    return hello.attempt > member.process.attempt
 
 
 def _destination(settings: Mapping[str, object]) -> str:

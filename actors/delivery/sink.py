@@ -7,7 +7,6 @@ What SwanLab makes of them is for the kinds: :class:`swanlab_ray.actors.delivery
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import time
 import traceback
@@ -17,12 +16,15 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from swanlab_ray.actors.completions.tables import Table
-from swanlab_ray.actors.delivery.limits import HIGHEST_STEP, Limits, fit_time
+from swanlab_ray.actors.log import log
+from swanlab_ray.actors.swanlab.limits import HIGHEST_STEP, Limits, fit_time
 from swanlab_ray.actors.wire.events import State
-from swanlab_ray.actors.wire.text import harmless
+from swanlab_ray.actors.wire.text import brief
 
-QUEUE_SCALARS = 200_000
-"""Scalars that may wait here."""
+QUEUE_BYTES = 20 << 20
+"""Bytes of rows that may wait here."""
+SCALAR_BYTES = 100
+"""What a scalar of a row takes in memory, with its share of the names."""
 FINISH_DEADLINE_S = 60.0
 """How long the end of a run may take; SwanLab itself has no limit when its server is down."""
 
@@ -36,10 +38,10 @@ class Row(NamedTuple):
     table: Table | None = None
 
     @property
-    def weight(self) -> int:
-        """What it takes in memory, in scalars."""
+    def size(self) -> int:
+        """Bytes that it takes in memory, about."""
         text = sum(len(cell) for row in self.table.rows for cell in row if isinstance(cell, str)) if self.table else 0
-        return len(self.values) + text // 100
+        return SCALAR_BYTES * len(self.values) + text
 
 
 class Sink:
@@ -81,7 +83,7 @@ class Sink:
         self._on_open = on_open
         self._rows: deque[Row] = deque()
         self._configs: deque[dict[str, Any]] = deque()
-        self._waiting = 0  # weight of _rows
+        self._waiting = 0  # bytes of _rows
         self._room = threading.Condition()
         self._failed = self._excused = False
         self._wake = threading.Event()
@@ -89,13 +91,16 @@ class Sink:
         self._stopped = False
         self._drain_until = math.inf  # monotonic
         self._thread = threading.Thread(target=self._work, name="swanlab-sink", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work off what is queued."""
         self._thread.start()
 
     def write(self, step: int, time_ns: int, values: dict[str, float], table: Table | None = None) -> None:
         """Queue a row. Where the queue is full this waits, or thins."""
         row = self._fit(step, time_ns, values, table)
         with self._room:
-            while self._waiting > QUEUE_SCALARS and self._patient and not self._failed and self.left() > 0:
+            while self._waiting > QUEUE_BYTES and self._patient and not self._failed and self.left() > 0:
                 self._room.wait(min(1.0, self.left()))
             if self._failed:
                 self._lose(row)
@@ -130,6 +135,8 @@ class Sink:
         self._stopped = True
         self._drain_until = -math.inf
         self._wake.set()
+        if not self._thread.is_alive():  # it never began
+            self.closed.set()
 
     # What the kinds fill in, all called on the sink's thread.
 
@@ -158,10 +165,10 @@ class Sink:
 
     def _queue(self, row: Row) -> None:
         """Take a row. The queue's lock is held."""
-        if self._waiting > QUEUE_SCALARS:
+        if self._waiting > QUEUE_BYTES:
             self._lose(row)
             return
-        self._waiting += row.weight
+        self._waiting += row.size
         self._rows.append(row)
 
     # Their tools.
@@ -188,7 +195,7 @@ class Sink:
         """The oldest rows are dealt with."""
         with self._room:
             for _ in range(rows):
-                self._waiting -= self._rows.popleft().weight
+                self._waiting -= self._rows.popleft().size
             self._room.notify_all()
 
     def _lose(self, row: Row) -> None:
@@ -245,7 +252,7 @@ class Sink:
 
     def _excuse(self, what: str, error: Exception) -> None:
         self.complete = False
-        stderr("".join(traceback.format_exception(error)))
+        log("".join(traceback.format_exception(error)))
         if not self._excused:
             self._excused = True
             self.notice(f"SwanLab did not take {what} ({brief(error)}); the journal has it, the rest goes on.")
@@ -270,16 +277,3 @@ class Stopped(Exception):
 
 class GaveUp(Exception):
     """The end's deadline has passed before SwanLab could be opened or had everything."""
-
-
-def brief(error: BaseException) -> str:
-    """An error in one line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
-
-
-def stderr(line: str) -> None:
-    """The actor's log tab: what people see first in the Ray dashboard."""
-    with suppress(Exception):  # a full disk, a stream that is closed or none at all
-        sys.stderr.write(f"{harmless(line)}\n")
-        sys.stderr.flush()

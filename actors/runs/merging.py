@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from swanlab_ray.actors.journal.reading import Damaged, entries
 from swanlab_ray.actors.journal.records import Arrived, Batch, Entry, Header
-from swanlab_ray.actors.journal.seen import LifeKey
-
-if TYPE_CHECKING:
-    from swanlab_ray.actors.journal.reading import Damaged
+from swanlab_ray.actors.journal.seen import InOrder, LifeKey
+from swanlab_ray.actors.runs.finding import RunFiles
 
 
 class _Place(NamedTuple):
@@ -107,3 +107,20 @@ class _Bounds:
         # One that the journal has as well comes after that: it is passed over.
         earlier = [found.end for found in ranges if found.first <= entry.seq]
         return max(place, max(earlier)._replace(side=1)) if earlier else place
+
+
+def merged(run: RunFiles) -> Iterator[Entry | Damaged]:
+    """Everything that is known of a run: each batch once, and those of a life in the order of their numbers."""
+
+    def read(path: Path) -> Iterator[Entry | Damaged]:
+        with suppress(FileNotFoundError):  # a spool is removed once the writer has it all
+            for found in entries(path):
+                yield found if isinstance(found, Damaged) else found[1]
+
+    order: InOrder[Entry] = InOrder()
+    for found in interleave(run.journals, run.spools, read):
+        if isinstance(found, Damaged):
+            yield found
+        else:
+            yield from order.take(found, found)
+    yield from order.rest()

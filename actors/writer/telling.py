@@ -1,0 +1,61 @@
+"""What a chat is told of the run, now and then and at its end."""
+
+from __future__ import annotations
+
+import traceback
+
+from swanlab_ray.actors.journal.records import Notified
+from swanlab_ray.actors.log import log
+from swanlab_ray.actors.notify.messages import Notifications
+from swanlab_ray.actors.notify.outbox import open_mailbox
+from swanlab_ray.actors.writer.parts import Parts
+from swanlab_ray.actors.writer.report import Report
+
+LARK_DEADLINE_S = 5.0
+"""How long the end waits for notifications that are on their way; ranks wait 90 s for all of the end."""
+
+
+class Telling:
+    """Passes on what is known to those who decide what of it is told.
+
+    Args:
+        parts: of the writer.
+        report: says what is known.
+    """
+
+    def __init__(self, parts: Parts, report: Report) -> None:
+        self._parts = parts
+        self._report = report
+        mailbox = open_mailbox(parts.settings, parts.notices, lambda key: parts.journal.append(Notified(key=key)))
+        found, summary = parts.recovered, parts.recovered.summary
+        if summary is None:
+            self.notifications = Notifications(mailbox, parts.notices)
+        elif found.sessions.over is not None:
+            self.notifications = Notifications(mailbox, parts.notices, began=parts.clock.now(), again=True)
+        else:
+            self.notifications = Notifications(
+                mailbox,
+                parts.notices,
+                summary.notified,
+                {alert.text for alert in summary.alerts},
+                summary.session_ns / 1e9 or None,  # nobody had said hello yet
+                again=summary.sessions > 1,
+            )
+
+    def look(self) -> None:
+        """See what is new."""
+        status, now = self._report.status(), self._parts.clock.now()
+        for fired in self._parts.reducer.fired():
+            self.notifications.fire(fired, status, now)
+        self.notifications.look(status, now)
+
+    def end(self) -> None:
+        """The run has ended. Whatever fails here, the actor must end all the same."""
+        try:
+            self.look()
+            left = self.notifications.end(self._report.status(), self._parts.clock.now(), LARK_DEADLINE_S)
+        except Exception:
+            log(traceback.format_exc())
+        else:
+            if left:
+                self._parts.notices(f"Lark did not take {left} notifications within {LARK_DEADLINE_S:.0f} s.")
