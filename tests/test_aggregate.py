@@ -275,6 +275,10 @@ def test_a_measurement_and_the_user_s_value_of_one_name_share_no_series() -> Non
     assert written.values["ranks/loss/mean"] == {1: 100.5, 2: 10.5, 3: 10.5}
     assert written.values["ranks/loss/min"] == {1: 100.0, 2: 10.0, 3: 10.0}
     assert written.values["rank/1/loss"] == {1: 101.0, 2: 11.0, 3: 11.0}
+    for scope in (RANK, USER):
+        for rank in range(2):
+            written.log(rank, 1, scope=scope, speed=float(rank + (10 if scope == RANK else 100)))
+    assert (written.values["speed"], written.values["ranks/speed/mean"]) == ({1: 100.5}, {1: 10.5})
 
 
 # Who is told of what.
