@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -29,7 +30,10 @@ class CpuPlugin(BasePlugin):
         cfg.device_map = {"": "cpu"}
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
-        return {"use_cpu": True} | ({"ddp_backend": "gloo"} if "WORLD_SIZE" in os.environ else {})
+        if "WORLD_SIZE" in os.environ:
+            return {"use_cpu": True, "ddp_backend": "gloo"}
+        gc.freeze()  # what was imported: Axolotl collects garbage a dozen times, each time through all of it
+        return {"use_cpu": True}
 
 
 def length(completions: list[str], **_: Any) -> list[float]:

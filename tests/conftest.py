@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import re
 import shlex
@@ -136,6 +137,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     behind, others = others[: len(long)], others[len(long) :]
     pairs = [item for pair in zip_longest(long, behind) for item in pair if item is not None]
     items[:] = pairs + sorted(others, key=starts_processes, reverse=True)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is no garbage: trainers collect that all the time, and would look through all of it."""
+    gc.freeze()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from importlib import import_module
 
@@ -27,3 +28,5 @@ from swanlab_ray.observer import observer  # noqa: E402
 _finish = inspect.unwrap(observer.Observer.finish)
 assert _finish.__defaults__ == ("success", None, observer.FINISH_TIMEOUT_S)
 _finish.__defaults__ = ("success", None, 600.0)
+
+gc.freeze()  # what was imported is not looked through for garbage, nor copied for that
