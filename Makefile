@@ -9,13 +9,12 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-# Other versions of TRL, which the tests put in front of the installed one; the older ones need an older Transformers.
-OVERLAYS := build/trl/0.19.1 build/trl/1.16.0 build/trl/transformers-4
-OVERLAY = rm -rf $@.part && $(PIP) --no-deps --target $@.part
+# Other versions of libraries, which the tests put in front of the installed ones.
+OVERLAYS := build/oldest build/newest build/axolotl
 
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxschedchunk 1
 
-.PHONY: install demo check test test-axolotl test-others check-units lint typecheck docs wheel bench clean
+.PHONY: install demo check test test-axolotl test-newest test-others check-units lint typecheck docs wheel wheel-test bench clean
 
 install: $(INSTALLED)
 
@@ -31,15 +30,18 @@ demo: install
 
 # On a slow machine everything gets the time that it needs there.
 test: install
-	TESTS_SLOWNESS=$$($(BIN)/python -m tests.slowness) $(MAKE) --jobs 4 lint typecheck test-axolotl test-others
+	TESTS_SLOWNESS=$$($(BIN)/python -m tests.slowness) $(MAKE) --jobs 5 lint typecheck test-axolotl test-newest test-others
 
 test-others: install $(OVERLAYS)
 	$(PYTEST) --ignore tests/test_plugin.py
 
-# Beside the others, from which it has other libraries; what it prints is shown when it is over.
-test-axolotl: install build/axolotl
-	PYTHONPATH="$(CURDIR)/build/axolotl:$(CURDIR)" $(BIN)/python -m pytest tests/test_plugin.py > build/test-axolotl.txt; \
-		code=$$?; cat build/test-axolotl.txt; exit $$code
+# Beside the others, from which they have other libraries; what they print is shown when they are over.
+test-axolotl test-newest: test-%: install build/%
+	PYTHONPATH="$(CURDIR)/build/$*:$(CURDIR)" $(BIN)/python -m pytest $(TESTS_WITH_$*) > build/test-$*.txt; \
+		code=$$?; cat build/test-$*.txt; exit $$code
+
+TESTS_WITH_axolotl := tests/test_plugin.py
+TESTS_WITH_newest := tests/test_contracts.py tests/test_settings.py tests/test_tracker.py
 
 # No Ray, no torchrun, no trainer: less than a minute, once .venv is there.
 check: install
@@ -48,17 +50,9 @@ check: install
 check-units: install
 	$(PYTEST) --quick
 
-build/axolotl: tests/axolotl.txt | install
-	$(OVERLAY) --requirement tests/axolotl.txt
-	rm -rf $@
-	mv $@.part $@
-
-build/trl/transformers-4: | install
-	$(OVERLAY) transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
-	mv $@.part $@
-
-build/trl/%: | install
-	$(OVERLAY) trl==$*
+build/%: tests/%.txt | install
+	rm -rf $@ $@.part
+	$(PIP) --no-deps --target $@.part --requirement $<
 	mv $@.part $@
 
 # The command reference, from each command's own help.
@@ -70,6 +64,10 @@ wheel: install
 	$(PIP) build
 	rm -rf build/lib
 	$(BIN)/python -m build --wheel --outdir dist .
+
+# The wheel with each extra in an environment of its own, installed as people do it. Gigabytes, and many minutes.
+wheel-test: install
+	TESTS_WHEEL=installed $(BIN)/python -m pytest tests/test_wheel.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -6,7 +6,6 @@ import base64
 import copy
 import json
 import math
-import os
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from swanlab_ray.observer.trainers.run_config import run_config
 from tests import tiny
 from tests.conftest import Launch, SharedCluster, run_forked
 from tests.incarnations import Cluster, Link, logged_in, mortal, settings_for
+from tests.overlays import path_with
 from tests.swanlab_file import RunFile, ended_run, only_run, read_run, run_dirs
 
 
@@ -452,19 +452,15 @@ def test_a_failing_observer_never_stops_training(
     assert failures == ["on_step_end failed: ZeroDivisionError: division by zero; the training goes on."]
 
 
-@pytest.mark.parametrize("overlays", [(), ("0.19.1", "transformers-4")], ids=["Transformers 5", "Transformers 4.57"])
-def test_a_rank_s_own_loss_is_per_token_of_its_own(tmp_path: Path, launch: Launch, overlays: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("overlay", [None, "oldest", "newest"])
+def test_a_rank_s_own_loss_is_per_token_of_its_own(tmp_path: Path, launch: Launch, overlay: str | None) -> None:
     """Two ranks with tokens in uneven numbers: also where the Trainer divides by those of all ranks, with several
     micro-batches, with a loss or a model of another kind."""
-    root = Path(__file__).parents[1]
-    paths = [root / "build" / "trl" / name for name in overlays]
-    if not all(path.is_dir() for path in paths):
-        pytest.skip("Transformers 4.57 is not there: `make test` installs it")
     source = "from tests.own_loss_job import main; from pathlib import Path; main(Path.cwd())"
-    if overlays:
-        done = launch(source, ranks=2, forks=True, PYTHONPATH=os.pathsep.join(map(str, [*paths, root]))).wait()
-    else:
+    if overlay is None:
         done = run_forked(source, tmp_path, ranks=2)
+    else:
+        done = launch(source, ranks=2, forks=True, PYTHONPATH=path_with(overlay)).wait()
     assert done.code == 0, done.output
     for rank in range(2):
         results = json.loads((tmp_path / f"losses-{rank}.json").read_text())

@@ -6,7 +6,6 @@ import gc
 import inspect
 import json
 import logging
-import os
 import re
 import textwrap
 import weakref
@@ -23,13 +22,10 @@ from swanlab_ray.observer.history import transcripts
 from tests import rlhf, tiny
 from tests.conftest import Launch, SharedCluster, run_forked
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
+from tests.overlays import path_with
 from tests.swanlab_file import only_run
 
 ROOT = Path(__file__).parent.parent
-OTHER_VERSIONS = {  # what `make test` puts under build/trl
-    "0.19.1": ("0.19.1", "transformers-4"),
-    "1.16.0": ("1.16.0",),
-}
 STEPS, BATCH = 4, 4
 
 Row = dict[str, Any]
@@ -88,26 +84,22 @@ def check_text(algorithm: str, rows: list[Row]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "version"),
-    [(2, None), (1, "0.19.1"), (2, "1.16.0")],
-    ids=["2 ranks", "1 rank, TRL 0.19.1", "2 ranks, TRL 1.16.0"],
+    ("ranks", "overlay"),
+    [(2, None), (1, "oldest"), (2, "newest")],
+    ids=["2 ranks", "1 rank, the oldest TRL", "2 ranks, the newest TRL"],
 )
 @pytest.mark.takes(15)
 def test_every_rank_s_rows_arrive_once_and_change_nothing(
-    ranks: int, version: str | None, launch: Launch, tmp_path: Path, in_cluster: SharedCluster
+    ranks: int, overlay: str | None, launch: Launch, tmp_path: Path, in_cluster: SharedCluster
 ) -> None:
     """All five algorithms in one run: rows of every rank, their means are TRL's metrics, training is the same to the
     bit.
     """
-    overlays = [ROOT / "build" / "trl" / name for name in OTHER_VERSIONS.get(version or "", ())]
-    if not all(overlay.is_dir() for overlay in overlays):
-        pytest.skip(f"TRL {version} is not there: `make test` installs it")
     source = "from tests.rlhf_job import main; from pathlib import Path; main(Path.cwd())"
-    if version is None:
+    if overlay is None:
         done = run_forked(source, tmp_path, ranks)
     else:
-        path = os.pathsep.join(map(str, [*overlays, ROOT]))
-        done = launch(source, ranks=ranks, forks=True, PYTHONPATH=path).wait()
+        done = launch(source, ranks=ranks, forks=True, PYTHONPATH=path_with(overlay)).wait()
     assert done.code == 0, done.output
     results = [json.loads((tmp_path / f"results-{number}.json").read_text()) for number in range(ranks)]
     for result in results:

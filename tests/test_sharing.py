@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -231,11 +232,14 @@ def test_a_cluster_inside_one_rank_is_no_place_for_the_others(
     assert patches.is_inside_alone() is alone
 
 
-def test_a_raylet_that_does_not_listen_is_not_joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+@pytest.mark.parametrize("kind", [dict, SimpleNamespace], ids=["up to Ray 2.53", "Ray 2.54"])
+def test_a_raylet_that_does_not_listen_is_not_joined(
+    kind: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
     """Ray's core would end the process. What is patched meanwhile is Ray's again afterwards."""
     from ray._private import ray_constants, services, worker
 
-    node = SimpleNamespace(raylet_socket_name=str(tmp_path / "raylet"), object_store_socket_name="")
+    node = kind(raylet_socket_name=str(tmp_path / "raylet"), object_store_socket_name="")
     asked: list[float] = []
 
     def choose(client: Any, timeout_seconds: float = 60) -> Any:

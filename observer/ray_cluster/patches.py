@@ -62,15 +62,6 @@ PRIVATE = {
             "ray._private.node:Node.start_api_server",
         ),
         "wait for a raylet on a busy machine": ("ray._private.services:get_node(gcs_address, node_id)",),
-        "give a raylet's agents their ports": (
-            f"ray._private.services:start_raylet(session_dir, node_id, {', '.join(AGENT_PORTS)}, ...)",
-            "ray._raylet:persist_port",
-        ),
-        "join no node that has ended": (
-            "ray._private.services:get_node_to_connect_for_driver(timeout_seconds, ...)",
-            "ray._private.services:GcsNodeInfo().raylet_socket_name",
-            "ray._private.services:GcsNodeInfo().object_store_socket_name",
-        ),
         "print nothing of the writer's in a training": ("ray._private.worker:listen_error_messages",),
         "know a process that Ray has started": (
             "ray._private.worker:global_worker.mode",
@@ -93,7 +84,23 @@ PRIVATE = {
             "ray.train.v2._internal.execution.context:TrainRunContext().run_id",
             "ray.train.v2._internal.execution.context:TrainRunContext().run_config",
         ),
-    }
+    },
+    "ray>=2.54": {
+        "give a raylet's agents their ports": (
+            f"ray._private.services:start_raylet(session_dir, node_id, {', '.join(AGENT_PORTS)}, ...)",
+            "ray._raylet:persist_port",
+        ),
+        "join no node that has ended": (
+            "ray._private.services:get_node_to_connect_for_driver",
+            "ray._private.services:GcsNodeInfo().raylet_socket_name",
+            "ray._private.services:GcsNodeInfo().object_store_socket_name",
+        ),
+    },
+    "ray>=2.55": {
+        "not look a minute for a node of this machine": (
+            "ray._private.services:get_node_to_connect_for_driver(timeout_seconds, ...)",
+        ),
+    },
 }
 """What we do with which private names, by the versions that have them; ``tests/test_contracts.py`` looks for each."""
 
@@ -153,7 +160,7 @@ def _choose_living(choose: Callable[..., Any]) -> Callable[..., Any]:
             kwargs.setdefault("timeout_seconds", LOCAL_NODE_S)
         node = choose(*args, **kwargs)
         for name in ("raylet_socket_name", "object_store_socket_name"):
-            path = getattr(node, name, None)
+            path = node.get(name) if isinstance(node, dict) else getattr(node, name, None)  # a dict up to Ray 2.53
             if path and not socket_answers(path):
                 raise RayletGone(f"Ray's node on this machine has ended or lost its socket {path}")
         return node
