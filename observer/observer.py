@@ -13,7 +13,7 @@ from time import monotonic, time_ns
 from types import TracebackType
 from typing import Any, SupportsIndex, get_args
 
-from swanlab_ray.actors.runs.verdict import TERMINATED
+from swanlab_ray.actors.runs.causes import TERMINATED
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.events import COMPLETIONS, CONFIG, JOB, OUTCOME, PROGRESS, RANK, SCALARS, USER, State
 from swanlab_ray.actors.wire.locks import pid_namespace

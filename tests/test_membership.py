@@ -17,7 +17,7 @@ from swanlab_ray.actors.journal.reading import Damaged, entries
 from swanlab_ray.actors.journal.records import Arrived, Entry, Returned
 from swanlab_ray.actors.membership import lost
 from swanlab_ray.actors.membership import newcomers as newcomers_module
-from swanlab_ray.actors.membership.clocks import Skew, Timeline
+from swanlab_ray.actors.membership.clocks import RunClock, Skew
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER, Outcome, State
 from swanlab_ray.actors.wire.messages import (
@@ -513,12 +513,12 @@ def test_the_writer_s_clock_is_set_between_two_failures(
 
 def test_the_writer_s_time_never_goes_back() -> None:
     unix, monotonic = [10 * HOUR_NS], [5]
-    clock = Timeline(0, lambda: unix[0], lambda: monotonic[0])
+    clock = RunClock(0, lambda: unix[0], lambda: monotonic[0])
     assert clock.now_ns() == 10 * HOUR_NS
     unix[0] -= HOUR_NS
     monotonic[0] += 7
     assert clock.now_ns() == 10 * HOUR_NS + 7
-    successor = Timeline(clock.now_ns(), lambda: unix[0], lambda: 0)  # on a machine whose clock is behind
+    successor = RunClock(clock.now_ns(), lambda: unix[0], lambda: 0)  # on a machine whose clock is behind
     assert successor.now_ns() == clock.now_ns()
 
 

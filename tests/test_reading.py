@@ -30,10 +30,10 @@ from swanlab_ray.actors.journal.records import (
     unpack,
 )
 from swanlab_ray.actors.runs.account import Account
+from swanlab_ray.actors.runs.causes import TERMINATED
 from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.runs.summary import Life, Summary, ending, ledger, summarise
-from swanlab_ray.actors.runs.verdict import TERMINATED
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import OUTCOME, SCALARS, USER, Outcome
 from swanlab_ray.actors.wire.messages import Counts

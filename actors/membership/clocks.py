@@ -16,7 +16,7 @@ SET_NS = 60 * 1_000_000_000
 """A clock that differs by so much more than by the last message was set in between."""
 
 
-class Timeline:
+class RunClock:
     """Unix time, in nanoseconds, that never goes back whatever is done to this machine's clock.
 
     Args:

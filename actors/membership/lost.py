@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from swanlab_ray.actors.health.hangs import why_silent
 from swanlab_ray.actors.log import log
-from swanlab_ray.actors.membership.clocks import Timeline
+from swanlab_ray.actors.membership.clocks import RunClock
 from swanlab_ray.actors.membership.members import Member
 from swanlab_ray.actors.membership.membership import Membership
 from swanlab_ray.actors.wire.messages import BEAT_S
@@ -13,7 +13,7 @@ FAILED_RANK_GRACE_S = 15.0
 """Once one rank has failed, silence this long means that its peers went with it."""
 
 
-def notice_lost(members: Membership, timeout: float, clock: Timeline, now: float, behind: float) -> None:
+def notice_lost(members: Membership, timeout: float, clock: RunClock, now: float, behind: float) -> None:
     """Find them, and note how they ended. The members' lock is held.
 
     Args:

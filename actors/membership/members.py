@@ -9,8 +9,8 @@ from typing import Literal
 from swanlab_ray.actors.journal.records import Arrived, Ended
 from swanlab_ray.actors.membership.clocks import Skew
 from swanlab_ray.actors.runs.account import Account
+from swanlab_ray.actors.runs.causes import failures, state_of
 from swanlab_ray.actors.runs.summary import KILLED, Life, ledger
-from swanlab_ray.actors.runs.verdict import failures, state_of
 from swanlab_ray.actors.wire.events import Outcome, State
 from swanlab_ray.actors.wire.messages import Counts, Doing, Process
 from swanlab_ray.actors.wire.status import RankStatus

@@ -8,7 +8,7 @@ import time
 from swanlab_ray.actors.journal.records import Arrived, Batch, Returned, UnknownFormat
 from swanlab_ray.actors.journal.writing import Committed, Journal
 from swanlab_ray.actors.log import log
-from swanlab_ray.actors.membership.clocks import Timeline
+from swanlab_ray.actors.membership.clocks import RunClock
 from swanlab_ray.actors.membership.differences import Differences
 from swanlab_ray.actors.membership.members import Member, restored
 from swanlab_ray.actors.membership.newcomers import Newcomers, odd_world
@@ -42,7 +42,7 @@ class Membership:
         settings: ObserverSettings,
         journal: Journal,
         on_disk: OnDisk,
-        clock: Timeline,
+        clock: RunClock,
         notices: Notices,
         sessions: Sessions,
         restarts: int,

@@ -23,7 +23,7 @@ from swanlab_ray.actors.journal.records import (
 )
 from swanlab_ray.actors.journal.seen import Sequence
 from swanlab_ray.actors.runs.account import Account
-from swanlab_ray.actors.runs.verdict import failures, state_of
+from swanlab_ray.actors.runs.causes import failures, state_of
 from swanlab_ray.actors.wire.codec import Undecodable, decode_batch
 from swanlab_ray.actors.wire.events import Outcome, State
 from swanlab_ray.actors.wire.messages import Counts

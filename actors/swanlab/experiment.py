@@ -20,8 +20,8 @@ from swanlab_ray.actors.completions.tables import as_charts
 from swanlab_ray.actors.delivery.sink import Row
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.swanlab import sdk
-from swanlab_ray.actors.swanlab.account import find_account
 from swanlab_ray.actors.swanlab.limits import fit_config
+from swanlab_ray.actors.swanlab.login import find_account
 from swanlab_ray.actors.wire.events import State
 from swanlab_ray.actors.wire.text import brief
 

@@ -18,7 +18,7 @@ from swanlab_ray.actors.journal.decoding import Decoding
 from swanlab_ray.actors.journal.files import run_directory
 from swanlab_ray.actors.journal.records import REDUCTION_VERSION, Header
 from swanlab_ray.actors.journal.writing import Committed, Journal
-from swanlab_ray.actors.membership.clocks import Timeline
+from swanlab_ray.actors.membership.clocks import RunClock
 from swanlab_ray.actors.membership.membership import Membership
 from swanlab_ray.actors.membership.on_disk import OnDisk
 from swanlab_ray.actors.notify.notices import Notices
@@ -44,7 +44,7 @@ class Parts:
         self.notices = Notices(self.journal)
         on_disk = OnDisk(self.journal)
         self.recovered = found = recover(self.journal, on_disk, self.notices)
-        self.clock = Timeline(found.last_ns)
+        self.clock = RunClock(found.last_ns)
         self.members = Membership(
             run_id, settings, self.journal, on_disk, self.clock, self.notices, found.sessions, found.restarts
         )

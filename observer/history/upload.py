@@ -17,9 +17,9 @@ from swanlab_ray.actors.runs.finding import RunFiles, find_runs
 from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.runs.summary import Summary, ending, summarise
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
-from swanlab_ray.actors.swanlab.account import find_account, same_host
 from swanlab_ray.actors.swanlab.experiment import CHUNK_SCALARS, CloudError, CloudExperiment, Point, same
 from swanlab_ray.actors.swanlab.limits import HIGHEST_STEP, Limits, fit_time
+from swanlab_ray.actors.swanlab.login import find_account, same_host
 
 OF_THE_RUN = (
     "project",
