@@ -274,6 +274,12 @@ def test_what_a_trainer_says_it_is_at_is_run_again_from_the_next_step_on() -> No
     assert [life for life, _ in parts_of(found, batch)] == ["a", "a, pass 1"]
     assert parts_of(found, batch)[1] == ("a, pass 1", [3, 4])
     assert [found.stands(0, "a", step, "x") for step in (3, 4, 6)] == [True, False, False]
+    events = [one for step in range(1, 7) for one in (progress[step - 1], scalars(step, x=1.0, z=1.0))]
+    batch = batch_of(0, *events, progress[2], scalars(4, x=2.0), scalars(5, x=2.0), scalars(4, z=2.0))
+    found = found_in(arrived("a"), batch)
+    assert [len(part) for _, part in parts_of(found, batch)] == [12, 4], (
+        "what comes in another order is not logged again"
+    )
 
 
 def test_what_a_life_that_is_over_says_late_turns_nothing() -> None:
