@@ -9,9 +9,6 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-# Other versions of libraries, which the tests put in front of the installed ones.
-OVERLAYS := build/oldest build/newest build/axolotl
-
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxschedchunk 1
 
 .PHONY: install demo check test test-axolotl test-newest test-others check-units lint typecheck docs wheel wheel-test bench clean
@@ -32,7 +29,7 @@ demo: install
 test: install
 	TESTS_SLOWNESS=$$($(BIN)/python -m tests.slowness) $(MAKE) --jobs 5 lint typecheck test-axolotl test-newest test-others
 
-test-others: install $(OVERLAYS)
+test-others: install build/oldest build/newest
 	$(PYTEST) --ignore tests/test_plugin.py
 
 # Beside the others, from which they have other libraries; what they print is shown when they are over.
@@ -50,6 +47,7 @@ check: install
 check-units: install
 	$(PYTEST) --quick
 
+# Other versions of libraries, which the tests put in front of the installed ones.
 build/%: tests/%.txt | install
 	rm -rf $@ $@.part
 	$(PIP) --no-deps --target $@.part --requirement $<

@@ -119,29 +119,39 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes long begins first, and everything else goes on beside it; what starts no process comes last, so that
-    the last ones are short. One of these stands behind each of the long ones: a worker of pytest has always two, and
-    the second one waits for the first."""
+    """What takes long begins first, and everything else goes on beside it. What may connect this process to Ray comes
+    last: then Ray prints into what others compare, and is not the one that was imported any more.
+
+    One that is short stands behind each of the long ones: a worker of pytest has always two, and the second one waits
+    for the first."""
 
     def takes(item: pytest.Item) -> float:
         marker = item.get_closest_marker("takes")
         return marker.args[0] if marker else 0.0
 
-    def starts_processes(item: pytest.Item) -> bool:
-        return not {"ray_cluster", "launch"}.isdisjoint(getattr(item, "fixturenames", []))
+    def uses(item: pytest.Item, *fixtures: str) -> bool:
+        return not set(fixtures).isdisjoint(getattr(item, "fixturenames", []))
 
     if config.getoption("quick"):
-        items[:] = [item for item in items if not starts_processes(item)]
-    long = sorted((item for item in items if takes(item)), key=takes, reverse=True)
-    others = sorted((item for item in items if not takes(item)), key=starts_processes)
-    behind, others = others[: len(long)], others[len(long) :]
-    pairs = [item for pair in zip_longest(long, behind) for item in pair if item is not None]
-    items[:] = pairs + sorted(others, key=starts_processes, reverse=True)
+        items[:] = [item for item in items if not uses(item, "ray_cluster", "launch")]
+    items.sort(key=takes, reverse=True)
+    last = [item for item in items if uses(item, "ray_cluster") and not uses(item, "launch")]
+    long = [item for item in items if takes(item) and item not in last]
+    launched = [item for item in items if uses(item, "launch") and not takes(item)]
+    short = [item for item in items if not takes(item) and not uses(item, "ray_cluster", "launch")]
+    pairs = [item for pair in zip_longest(long, short[: len(long)]) for item in pair if item is not None]
+    items[:] = [*pairs, *launched, *short[len(long) :], *last]
 
 
-def pytest_collection_finish() -> None:
-    """What was imported is no garbage: trainers collect that all the time, and would look through all of it."""
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported is no garbage: trainers collect that all the time, and would look through all of it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

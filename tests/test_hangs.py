@@ -14,7 +14,7 @@ from tests.conftest import SLOWNESS, Launch, SharedCluster, wait_until
 from tests.lark_bot import LarkGroup, texts
 from tests.swanlab_file import ended_run
 
-TIMEOUT = f"{8 * SLOWNESS:.0f}"
+TIMEOUT = f"{10 * SLOWNESS:.0f}"
 """The ``hang_timeout``: above what makes a rank silent, and far above what a busy machine holds a step up for."""
 
 SPIN_THEN_DEADLOCK = """

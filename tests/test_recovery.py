@@ -33,7 +33,7 @@ from swanlab_ray.observer.transport import flusher as flusher_module
 from swanlab_ray.observer.transport import tally as tally_module
 from swanlab_ray.observer.transport.link import LinkBroken, RunOver
 from swanlab_ray.observer.transport.spool import Spool
-from tests.conftest import wait_until
+from tests.conftest import SLOWNESS, wait_until
 from tests.incarnations import Cluster, Link, MortalDisk, logged_in, mortal, rank, settings_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -75,7 +75,7 @@ def test_a_thread_that_stands_still_costs_no_event(
     where: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Seen once: a lock that a fork handler had left behind. Whoever finishes puts aside in the flusher's place."""
-    monkeypatch.setattr(channel_module, "SLACK_S", 0.4)
+    monkeypatch.setattr(channel_module, "SLACK_S", 0.4 * SLOWNESS)
     held, reached = threading.Event(), threading.Event()
 
     class Standing(Link):
@@ -92,7 +92,7 @@ def test_a_thread_that_stands_still_costs_no_event(
     for step in range(3000):
         observer.log({"x": step}, step)
     assert reached.wait(10)
-    assert not observer.finish(timeout=1.2)  # the disk may be slow
+    assert not observer.finish(timeout=1.2 * SLOWNESS)  # the disk may be slow
     statistics = observer.statistics()
     assert statistics.logged == 3000 == statistics.acknowledged + statistics.spooled
     assert why in caplog.text

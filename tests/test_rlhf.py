@@ -381,7 +381,7 @@ def test_a_trainer_that_has_only_the_name_is_left_alone(
         assert completions.attach(tiny.trainer(tmp_path, [], GRPOTrainer), observer) is None
         assert "no method _generate_and_score_completions" in caplog.text
         trainer = rlhf.trainer("dpo", tmp_path)
-        monkeypatch.setattr(completions, "_GATHERS", ("gather", "renamed"))
+        monkeypatch.setattr(completions, "GATHERS", ("gather", "renamed"))
         capture = completions.attach(trainer, observer)
         trainer.train()
     assert capture is not None
