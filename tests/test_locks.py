@@ -101,6 +101,7 @@ def test_a_descriptor_that_its_user_has_closed_holds_nothing(tmp_path: Path) -> 
     path = tmp_path / "alive"
     os.close(hold_lock(str(path)))
     assert nobody_holds(str(path))
+    assert path.stat().st_ino not in [file for _, _, file in locks._held.values()]
     assert in_a_fork(lambda: nobody_holds(str(path))) == 1
     release_lock(hold_lock(str(path)))
     release_lock(10**6)  # closed twice

@@ -63,6 +63,9 @@ def test_what_is_a_run_id_is_one_directory_below_its_root(text: str) -> None:
 
 def test_long_words_that_begin_alike_make_different_run_ids() -> None:
     assert run_id_of("x" * 100) != run_id_of("x" * 101)
+    assert run_id_of("x" * 56) == "x" * 56  # 8 of the 64 are kept free for the number of a second run
+    assert (run_id_of("x" * 57)[:48], len(run_id_of("x" * 57))) == ("x" * 47 + "-", 56)
+    assert run_id_of("@ /") == "run"
     assert run_id_of("mpi-prterun-host-42@1") == "mpi-prterun-host-42-1"
 
 
