@@ -36,7 +36,7 @@ from swanlab_ray.observer.job.identity import (
 )
 from swanlab_ray.observer.job.node_metrics import NodeMetrics
 from swanlab_ray.observer.script.ending import ExitWatch, describe
-from swanlab_ray.observer.script.never_raises import Wrong, never_raises, shown
+from swanlab_ray.observer.script.never_raises import Wrong, never_raises, records, shown
 from swanlab_ray.observer.script.notices import logger, warn_once
 from swanlab_ray.observer.script.sigterm import TerminationWatch
 from swanlab_ray.observer.timing.spans import NoSpan, Span, SpanLog
@@ -69,35 +69,16 @@ class Observer:
     """Told that it has finished: it is not the current one any more."""
 
     def __init__(self, settings: ObserverSettings, identity: Identity, link: Link) -> None:
-        self.settings = settings
         for secret in (settings.api_key, settings.lark_secret, settings.lark_webhook_url):
             if secret is not None:
                 hide(secret.get_secret_value())
-        self.rank = identity.rank
-        self.world_size = identity.world_size
-        self.local_rank = identity.local_rank
-        self.in_ray_train = identity.in_ray_train
-        """Whether this is a worker of Ray Train, which is ended without running exit handlers."""
-        self.outcome: WriterStatus | None = None
-        """How the run ended, once :meth:`finish` of its last rank has returned."""
+        self._describe(settings, identity)
         self._life = secrets.token_hex(8)
         self._launch: Launch | None = None  # known once this rank says hello
-        self._link = link
-        self._last_step = -1
-        self.result: tuple[State | None, str | None] = (None, None)
-        """State and error that the exit of this process will report, unless it brings a worse one."""
-        self.trained_steps = 0
-        """Steps of the trainings of this process, after which a further one goes on; kept by the callbacks."""
-        self.tokenizers: set[str] = set()
-        """Names of the tokenizers that the writer was sent."""
-        self._finished = False
         self._pid_namespace = pid_namespace()
-        # Straight to the channel: what was measured before finish() is still sent while that is under way.
-        self.spans = SpanLog(lambda event: self._channel.put(event), lambda: self._last_step + 1, settings.cuda_spans)
-        """Takes what :meth:`span` measures; for callbacks."""
         self._watch = ExitWatch(self._at_exit)
         self._termination = TerminationWatch(self._at_sigterm)
-        self._channel = Channel(
+        channel = Channel(
             link,
             self.rank,
             self._life,
@@ -106,15 +87,42 @@ class Observer:
             lambda run_id: Spool(settings, run_id, identity.rank, self._life),
             Pulse(self.spans, self._known_step),
         )
-        self._put: Callable[[bytes | Deferred], object] = self._channel.put
-        self._queue = self._channel.queue
-        self._append: Callable[[bytes | Deferred], object] = self._queue.append
+        self._report_through(channel)
+        channel.start()
         self.span = partial(Span, self.spans)  # type: ignore[method-assign]  # the method, without its frame
         self._node: NodeMetrics | None = None
         if identity.local_rank == 0 and settings.node_interval > 0:
             self._node = NodeMetrics(
                 self.send, self._known_step, identity.node, settings.node_interval, settings.log_dir
             )
+
+    def _describe(self, settings: ObserverSettings, identity: Identity) -> None:
+        self.settings = settings
+        self.rank = identity.rank
+        self.world_size = identity.world_size
+        self.local_rank = identity.local_rank
+        self.in_ray_train = identity.in_ray_train
+        """Whether this is a worker of Ray Train, which is ended without running exit handlers."""
+        self.outcome: WriterStatus | None = None
+        """How the run ended, once :meth:`finish` of its last rank has returned."""
+        self.result: tuple[State | None, str | None] = (None, None)
+        """State and error that the exit of this process will report, unless it brings a worse one."""
+        self.trained_steps = 0
+        """Steps of the trainings of this process, after which a further one goes on; kept by the callbacks."""
+        self.tokenizers: set[str] = set()
+        """Names of the tokenizers that the writer was sent."""
+        # Straight to the channel: what was measured before finish() is still sent while that is under way.
+        self.spans = SpanLog(lambda event: self._channel.put(event), lambda: self._last_step + 1, settings.cuda_spans)
+        """Takes what :meth:`span` measures; for callbacks."""
+        self._last_step = -1
+        self._finished = False
+
+    def _report_through(self, channel: Channel) -> None:
+        self._channel = channel
+        self.unobserved = isinstance(channel, NoChannel)
+        self._put: Callable[[bytes | Deferred], object] = channel.put
+        self._queue = channel.queue
+        self._append: Callable[[bytes | Deferred], object] = channel.queue.append
 
     def _known_step(self) -> int | None:
         """The step under way or the last one logged; None as long as this life has not told where it stands."""
@@ -141,7 +149,7 @@ class Observer:
     @property
     def run_id(self) -> str | None:
         """The run id; None until the ranks have agreed on it (see :meth:`wait_ready`)."""
-        return self._link.run_id
+        return self._channel.run_id
 
     def log(self, data: Mapping[str, Any], step: SupportsIndex | None = None) -> None:
         """Log numbers at a step.
@@ -173,7 +181,7 @@ class Observer:
         """Log this rank's own measurements, shown over ranks only: ``ranks/<name>/...`` and ``rank/<rank>/<name>``."""
         self._log(data, step, RANK)
 
-    @never_raises(None)
+    @records
     def _log(self, data: Any, step: Any, scope: int) -> None:
         """The slow path: what cannot be logged is named, the rest is kept; values on a GPU are read by the flusher."""
         number = self._step_of(step)
@@ -208,10 +216,12 @@ class Observer:
 
     def excuse(self, key: str, sentence: str) -> None:
         """Count something that is wrong and is not logged, and say so once under this key."""
+        if self.unobserved:
+            return
         self._channel.refuse()
         warn_once(f"wrong {key}", sentence, MOST_NAMED)
 
-    @never_raises(None)
+    @records
     def log_completions(self, rows: Iterable[Mapping[str, Any]], step: SupportsIndex | None = None) -> None:
         """Log what the model was shown and has said, for the table ``rlhf_completions``.
 
@@ -235,7 +245,7 @@ class Observer:
         """Queue an encoded event; for callbacks. Never blocks."""
         self._put(event)
 
-    @never_raises(None)
+    @records
     def config(self, /, values: Any = None, **more: Any) -> None:
         """Add to the run's configuration. Values may be nested, of every type; secrets are masked.
 
@@ -245,13 +255,13 @@ class Observer:
         """
         self._put(encode((CONFIG, {**configuration(values), **configuration(more)})))
 
-    @never_raises(None)
+    @records
     def progress(self, step: int, max_steps: int = 0, epoch: float | None = None) -> None:
         """Say how far the training is, for the status; ``max_steps`` 0 where it is not known."""
         if not self._finished:
             self._put(encode((PROGRESS, self._step_of(step), max(0, min(max_steps, MOST)), epoch)))
 
-    @never_raises(None)
+    @records
     def set_result(self, state: State | None, error: str | None = None) -> None:
         """Say how this rank has ended should the process end now; None: it is at work (again)."""
         if state is not None:
@@ -315,7 +325,8 @@ class Observer:
     @never_raises(False)
     def _finish(self, state: State, error: str | None, timeout: float, log_on: bool) -> bool:
         """``log_on``: what is logged meanwhile is taken as long as there is time."""
-        if isinstance(self._channel, NoChannel):
+        if self.unobserved:
+            self._on_finish(self)
             return True
         timeout = min(max(0.0, float(timeout)), threading.TIMEOUT_MAX)
         if self._finished:
@@ -419,8 +430,7 @@ class Observer:
 
     def _forked(self) -> None:
         """In a forked child: the flusher does not exist here, and the run is the parent's."""
-        self._channel = NoChannel()
-        self._put = self._append = self._channel.put
+        self._report_through(NoChannel(self.run_id))
         self.spans.close()
         self._finished = True
         self._watch.stop()

@@ -2,71 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, SupportsIndex
 
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.events import State
-from swanlab_ray.observer.encoding.numbers import Deferred
-from swanlab_ray.observer.job.identity import (
-    Identity,
-)
-from swanlab_ray.observer.observer import FINISH_TIMEOUT_S, Observer
+from swanlab_ray.observer.job.identity import Identity
+from swanlab_ray.observer.observer import Observer
 from swanlab_ray.observer.script.notices import warn_once
-from swanlab_ray.observer.timing.spans import NO_SPAN, NoSpan, Span, SpanLog
-from swanlab_ray.observer.transport.tally import ChannelStatistics
+from swanlab_ray.observer.timing.spans import NO_SPAN, NoSpan, Span
+from swanlab_ray.observer.transport.channel import NoChannel
 
 
 class DisabledObserver(Observer):
-    """Observes nothing: no thread, no actor, no file. Call sites need no ``if``."""
+    """Observes nothing: an observer over a channel that takes nothing. No thread, no actor, no file."""
 
     def __init__(self, settings: ObserverSettings, identity: Identity) -> None:
-        self.settings = settings
-        self.rank, self.world_size, self.local_rank = identity.rank, identity.world_size, identity.local_rank
-        self.in_ray_train = identity.in_ray_train
-        self.outcome = None
-        self.result = (None, None)
-        self.trained_steps = 0
-        self.tokenizers = set()
-        self._finished = False
-        self.spans = SpanLog(_ignore)
+        self._describe(settings, identity)
+        self._report_through(NoChannel(settings.run_id))
         self.spans.close()
 
-    @property
-    def run_id(self) -> str | None:
-        return self.settings.run_id
+    # What a training calls most: without a look at what is passed.
 
     def log(self, data: Mapping[str, Any], step: SupportsIndex | None = None) -> None: ...
 
-    def _log(self, data: Any, step: Any, scope: int) -> None: ...
-
-    def log_completions(self, rows: Iterable[Mapping[str, Any]], step: SupportsIndex | None = None) -> None: ...
-
     def span(self, name: str) -> Span | NoSpan:
         return NO_SPAN
-
-    def send(self, event: bytes | Deferred) -> None: ...
-
-    def excuse(self, key: str, sentence: str) -> None: ...
-
-    def config(self, /, values: Any = None, **more: Any) -> None: ...
-
-    def progress(self, step: int, max_steps: int = 0, epoch: float | None = None) -> None: ...
-
-    def set_result(self, state: State | None, error: str | None = None) -> None: ...
-
-    def wait_ready(self, timeout: float) -> bool:
-        return True
-
-    def flush(self, timeout: float = 10.0) -> bool:
-        return True
-
-    def statistics(self) -> ChannelStatistics:
-        return ChannelStatistics(0, 0, 0, {}, 0, 0)
-
-    def finish(self, state: State = "success", error: str | None = None, timeout: float = FINISH_TIMEOUT_S) -> bool:
-        self._on_finish(self)
-        return True
 
 
 class WorkerObserver(DisabledObserver):
@@ -76,16 +36,7 @@ class WorkerObserver(DisabledObserver):
         super().__init__(settings, identity)
         self._rank_pid = rank_pid
 
-    def log(self, data: Mapping[str, Any], step: SupportsIndex | None = None) -> None:
-        self._tell()
-
-    def _log(self, data: Any, step: Any, scope: int) -> None:
-        self._tell()
-
-    def log_completions(self, rows: Iterable[Mapping[str, Any]], step: SupportsIndex | None = None) -> None:
-        self._tell()
-
-    def _tell(self) -> None:
+    def _tell(self, *args: Any, **kwargs: Any) -> None:
         warn_once(
             "worker",
             f"This process was started by process {self._rank_pid}, a connected rank, so it counts as its worker and "
@@ -93,6 +44,4 @@ class WorkerObserver(DisabledObserver):
             "torch.distributed.init_process_group(), or set RANK and WORLD_SIZE.",
         )
 
-
-def _ignore(event: object) -> None:
-    """Takes the place of a channel."""
+    log = _log = log_completions = _tell

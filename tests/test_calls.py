@@ -25,6 +25,7 @@ SLOW_CALLS = """
             super().__init__(*arguments)
             self._waiting = directory
             self._parts.decoding.settled = self._wait
+            self._parts.members.read_on = self._read_on
 
         def _read_on(self, hello):
             if hello.next_seq:

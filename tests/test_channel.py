@@ -20,7 +20,7 @@ from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.codec import decode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER, Completions, Scalars
-from swanlab_ray.actors.wire.messages import WINDOW, Ack, Hello
+from swanlab_ray.actors.wire.messages import WINDOW, Ack, Goodbye, Hello
 from swanlab_ray.observer import observer as observer_module
 from swanlab_ray.observer.encoding import cells as cells_module
 from swanlab_ray.observer.encoding.numbers import encode
@@ -35,6 +35,7 @@ from swanlab_ray.observer.transport import tally as tally_module
 from swanlab_ray.observer.transport import window as window_module
 from swanlab_ray.observer.transport.channel import Channel
 from swanlab_ray.observer.transport.queue import SLOT_BYTES
+from swanlab_ray.observer.transport.spool import Spool
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.shaky_link import ShakyLink
@@ -155,11 +156,37 @@ def test_the_training_thread_never_waits_for_room(link: ShakyLink, monkeypatch: 
     pulse = Pulse(SpanLog(print), int)
     channel = Channel(link, 0, "life", lambda seq: None, lambda: None, lambda run: None, pulse)  # type: ignore[arg-type, return-value]
     event = encode((SCALARS, 0, 0, USER, {"x": 1.0}))
+    channel.start()
     for _ in range(1000):
         channel.put(event)
     statistics = channel.statistics()
     assert statistics.waiting + sum(statistics.dropped.values()) == statistics.logged == 1000
     channel.finish(lambda counted: None, timeout=0.1)  # type: ignore[arg-type, return-value]
+
+
+def test_nothing_is_called_before_the_observer_is_there(link: ShakyLink, tmp_path: Path) -> None:
+    """The first welcome may come at once, and its announcement asks the observer for the run id."""
+    asked: list[str | None] = []
+    pulse = Pulse(SpanLog(print), int)
+    made: list[Channel] = []
+    channel = Channel(
+        link,
+        0,
+        "life",
+        lambda seq: Hello(
+            rank=0, world_size=1, local_rank=0, host="h", pid=1, pid_namespace="n", life="life", next_seq=seq
+        ),
+        lambda: asked.append(made[0].run_id),
+        lambda run: Spool(settings_for(tmp_path), run, 0, "life"),
+        pulse,
+    )
+    channel.put(encode((SCALARS, 0, 0, USER, {"x": 1.0})))
+    assert not link.hellos
+    made.append(channel)
+    channel.start()
+    assert channel.flush(20)
+    assert (asked, channel.ready.is_set()) == (["shaky"], True)
+    channel.finish(lambda counts: Goodbye(rank=0, life="life", state="success", ended_ns=1, counts=counts), timeout=5)
 
 
 def test_finish_returns_in_its_deadline_when_nobody_answers(link: ShakyLink, observer: Observer) -> None:

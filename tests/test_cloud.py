@@ -560,7 +560,7 @@ def test_a_spool_is_merged_by_sync(tmp_path: Path, cloud: SwanLabCloud, monkeypa
     monkeypatch.setattr("swanlab_ray.observer.transport.channel.UNREACHABLE_S", 0.2)
     job = Job(tmp_path, rank_timeout=3.0)
     job.log(range(50))
-    link = job.observers[1]._link
+    link = job.observers[1]._channel._link
     assert isinstance(link, Link)
     link.cut = True
     for step in range(50, 100):

@@ -26,6 +26,8 @@ class Guarded(Protocol):
     """What has methods that never raise."""
 
     settings: Any
+    unobserved: bool
+    """Nothing is recorded, and nothing told of what is wrong."""
 
     def excuse(self, key: str, sentence: str) -> None:
         """Count a call that went wrong, and tell of it once under this key."""
@@ -37,7 +39,8 @@ Owner = TypeVar("Owner", bound=Guarded)
 def never_raises(
     otherwise: Result,
 ) -> Callable[[Callable[Concatenate[Owner, Arguments], Result]], Callable[Concatenate[Owner, Arguments], Result]]:
-    """A method that returns ``otherwise`` where it would raise, and tells why; under ``strict=True`` it raises."""
+    """A method that returns ``otherwise`` where it would raise, and tells why; under ``strict=True`` it raises, unless
+    nothing is observed."""
 
     def decorate(
         method: Callable[Concatenate[Owner, Arguments], Result],
@@ -47,7 +50,7 @@ def never_raises(
             try:
                 return method(self, *args, **kwargs)
             except Exception as error:
-                if self.settings.strict:
+                if self.settings.strict and not self.unobserved:
                     raise
                 if isinstance(error, Wrong):
                     self.excuse(error.kind, str(error))
@@ -60,6 +63,21 @@ def never_raises(
         return guarded
 
     return decorate
+
+
+def records(
+    method: Callable[Concatenate[Owner, Arguments], None],
+) -> Callable[Concatenate[Owner, Arguments], None]:
+    """A method that records something: it never raises, and where nothing is observed it does not look at its
+    arguments: reading a value may take long."""
+    guarded = never_raises(None)(method)
+
+    @functools.wraps(method)
+    def recording(self: Owner, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        if not self.unobserved:
+            guarded(self, *args, **kwargs)
+
+    return recording
 
 
 def str_of(value: object) -> str:

@@ -78,11 +78,19 @@ class Channel:
         )
         self.ready = self._flusher.ready
         self.done = self._flusher.done
+
+    def start(self) -> None:
+        """Begin to send. From now on the flusher's thread calls what was passed."""
         try:
             self._flusher.thread.start()
         except RuntimeError as error:  # finish() puts aside what there is then
             self._flusher.last_error = f"this process can have no more threads ({error})"
             warn_once("no thread", f"Nothing can be sent from this rank: {self.last_error}; the training goes on.")
+
+    @property
+    def run_id(self) -> str | None:
+        """None until the ranks have agreed on it."""
+        return self._link.run_id
 
     @property
     def last_error(self) -> str | None:
@@ -173,10 +181,16 @@ class NoChannel(Channel):
     last_error = None
     outcome = None
 
-    def __init__(self) -> None:
+    run_id: str | None = None
+
+    def __init__(self, run_id: str | None) -> None:
+        self.run_id = run_id
         self.queue = EventQueue()
+        self.queue.room = 0
         self.ready = self.done = Event()
-        self.done.set()
+        self.ready.set()
+
+    def start(self) -> None: ...
 
     def put(self, event: object) -> None: ...
 

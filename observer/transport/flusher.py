@@ -148,8 +148,10 @@ class Flusher:
         self._window.welcomed(welcome)
         self._retry = RETRY_S[0]
         if self._connection.times == 1:
-            self._on_welcome()
-            self.ready.set()
+            try:
+                self._on_welcome()
+            finally:
+                self.ready.set()
         return True
 
     def _failed(self, error: Exception) -> bool:
