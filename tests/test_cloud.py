@@ -398,7 +398,7 @@ def test_a_long_outage_in_the_middle_does_not_fill_memory(
 ) -> None:
     """Beyond the bounds nothing waits in memory: it is read from the journal when the server is back."""
     monkeypatch.setattr(sink, "QUEUE_BYTES", 50_000)
-    monkeypatch.setattr(reducer, "BACKLOG_BYTES", 20_000)
+    monkeypatch.setattr(reducer, "AHEAD_BYTES", 20_000)
     job = Job(tmp_path)
     job.log(range(100))
     job.delivered(800)

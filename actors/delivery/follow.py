@@ -35,7 +35,7 @@ from swanlab_ray.actors.wire.codec import unpacked_size
 from swanlab_ray.actors.wire.events import Event
 from swanlab_ray.actors.wire.text import brief
 
-BACKLOG_BYTES = 64 << 20
+AHEAD_BYTES = 64 << 20
 """Bytes of batches, unpacked, that may wait in memory with their events."""
 FIRED = 1000
 """Alerts that may wait to be told; the oldest go first."""
@@ -57,7 +57,7 @@ class Reducer:
         directory: the run's.
         begun: where the journal begins, as far as it can be read.
         committed: how far it goes now; all of that is read first.
-        make_sink: opens SwanLab's run; called again where that has to be written anew.
+        make_sink: makes the sink; called again where SwanLab's run has to be written anew.
         settings: of the run.
         notice: takes a sentence for the user.
         since_ns: when the run's job before this one had ended; what lies before raises no alert any more.
@@ -102,14 +102,15 @@ class Reducer:
         Args:
             finished: the end of the run, where the journal has it already and SwanLab has not.
         """
-        if self.opened:
-            return
-        self.opened = True
-        self._behind_since = time.monotonic()
-        self.sink.start()
-        if finished is not None:
-            self.finish(finished)
-        threading.Thread(target=self._work, name="reducer", daemon=True).start()
+        with self._changed:
+            if self.opened or self._ended:
+                return
+            self._behind_since = time.monotonic()
+            if finished is not None:
+                self.finish(finished)
+            self.sink.start()
+            threading.Thread(target=self._work, name="reducer", daemon=True).start()
+            self.opened = True  # unless this process can have no more threads: then it is tried again
 
     @property
     def late(self) -> int:
@@ -159,7 +160,7 @@ class Reducer:
         entry = decoded.entry
         with self._changed:
             self._committed = decoded.position
-            if not self._behind and self._bytes > BACKLOG_BYTES:
+            if not self._behind and self._bytes > AHEAD_BYTES:
                 self._behind, self._behind_since = True, time.monotonic()
             if not self._behind:
                 size = unpacked_size(entry.data) if isinstance(entry, Batch) else 0

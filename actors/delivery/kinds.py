@@ -12,10 +12,10 @@ from swanlab_ray.actors.delivery.sink import Sink
 from swanlab_ray.actors.settings import ObserverSettings
 
 
-def open_sink(
+def make_sink(
     run_id: str, settings: ObserverSettings, directory: Path, notes: DeliveryNotes, notice: Callable[[str], None]
 ) -> Sink:
-    """Begin SwanLab's run, or go on with it.
+    """The sink of a run; it opens SwanLab's when it is started.
 
     Args:
         run_id: also the id of the SwanLab run.

@@ -8,7 +8,7 @@ from swanlab_ray.actors.delivery.sink import Sink
 from swanlab_ray.actors.journal.records import REDUCTION_VERSION, Delivered, Opened
 from swanlab_ray.actors.journal.writing import Journal
 
-DURABLE_S = 2.0
+OPENED_S = 2.0
 """How long a run that is opened waits until that is on disk."""
 NOTED_S = 1.0
 """Seconds between two notes of how many rows have arrived."""
@@ -34,7 +34,7 @@ class DeliveryNotes:
         if sink.run_dir:
             self.run_dirs.append(sink.run_dir)
         self._journal.append(Opened(mode=sink.mode, run_dir=sink.run_dir, url=sink.url))
-        self._journal.settled(DURABLE_S)
+        self._journal.settled(OPENED_S)
 
     def delivered(self, rows: int) -> None:
         """So many rows have arrived."""

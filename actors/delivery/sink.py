@@ -93,8 +93,9 @@ class Sink:
         self._thread = threading.Thread(target=self._work, name="swanlab-sink", daemon=True)
 
     def start(self) -> None:
-        """Begin to work off what is queued."""
-        self._thread.start()
+        """Open SwanLab's run and begin to work off what is queued, where that was not done."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def write(self, step: int, time_ns: int, values: dict[str, float], table: Table | None = None) -> None:
         """Queue a row. Where the queue is full this waits, or thins."""
@@ -205,7 +206,8 @@ class Sink:
 
     def _work(self) -> None:
         try:
-            self._open()
+            if not self._stopped:
+                self._open()
             while self._end is None and not self._stopped:
                 self._write_queued()
                 self._wake.wait(0.1)

@@ -115,7 +115,9 @@ class Membership:
         member = self.ranks.get(sign.rank)
         if member is None or member.process.life != sign.life or member.restored:
             raise Unknown(f"rank {sign.rank} has not said hello to this writer in this life")
-        member.heard, member.counted = now, sign.counted
+        member.heard = now
+        if not member.left:  # else it was sent before the goodbye, which has the final counts
+            member.counted = sign.counted
         member.skew.heard(sign.sent_ns, self._clock.now_ns())
         if member.state != "running" and not member.left:
             self._come_back(member)

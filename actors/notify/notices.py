@@ -1,4 +1,4 @@
-"""Sentences for the users of a run: each stands once in the writer's log, in the journal and on rank 0."""
+"""Sentences for the users of a run: in the writer's log, and each once in the journal and on rank 0."""
 
 from __future__ import annotations
 

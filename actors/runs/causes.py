@@ -22,10 +22,10 @@ class HowItEnded(Protocol):
     def ended_ns(self) -> int: ...
 
 
-Life = TypeVar("Life", bound=HowItEnded)
+AnyLife = TypeVar("AnyLife", bound=HowItEnded)
 
 
-def failures(lives: Iterable[Life]) -> list[Life]:
+def failures(lives: Iterable[AnyLife]) -> list[AnyLife]:
     """Those that have not ended well, the cause first: the first to fail, but for ranks that were told to end."""
     bad = [life for life in lives if life.state != "success"]
     return sorted(bad, key=lambda life: ((life.error or "").startswith(TERMINATED), life.ended_ns))

@@ -40,7 +40,8 @@ class Said(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Whoever reads it may be of another version: what it does not know is left out, what it misses is a default.
+        # Whoever reads it may be of another version: what it does not know is left out, what it misses is a default,
+        # so that a new field must have one.
         return type(self).model_validate, (dict(self),)
 
 
@@ -99,7 +100,7 @@ class End(Said):
     """``lost``: by the writer's judgement, where the rank has said nothing."""
     error: str | None = None
     ended_ns: int
-    """When, Unix nanoseconds by the rank's clock: the first failure is the cause."""
+    """When, Unix nanoseconds: by the rank's clock as it says so, by the writer's in its journal."""
     counts: Counts = Counts()
 
 

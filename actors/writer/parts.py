@@ -10,7 +10,7 @@ import os
 import socket
 
 from swanlab_ray.actors.delivery.follow import Reducer
-from swanlab_ray.actors.delivery.kinds import open_sink
+from swanlab_ray.actors.delivery.kinds import make_sink
 from swanlab_ray.actors.delivery.notes import DeliveryNotes
 from swanlab_ray.actors.delivery.sink import Sink
 from swanlab_ray.actors.health.hangs import Health
@@ -43,14 +43,14 @@ class Parts:
         self.journal = Journal(self.directory, self._header, self._on_trouble, self._on_fenced)
         self.notices = Notices(self.journal)
         on_disk = OnDisk(self.journal)
-        self.recovered = found = recover(self.journal, on_disk, self.notices)
+        self.recovered = found = recover(self.journal, on_disk, settings, self.notices)
         self.clock = RunClock(found.last_ns)
         self.members = Membership(
             run_id, settings, self.journal, on_disk, self.clock, self.notices, found.sessions, found.restarts
         )
         self.health = Health(settings.hang_timeout, self.members.processes.state)
         self.view = RunView(self.members, self.health)
-        self.notes = DeliveryNotes(self.journal, found.rows(settings), found.run_dirs)
+        self.notes = DeliveryNotes(self.journal, found.rows, list(found.run_dirs))
         self.reducer = Reducer(
             self.directory, found.begun, found.committed, self._make_sink, settings, self.notices, found.before_ns
         )
@@ -63,11 +63,11 @@ class Parts:
         self.journal.start(self._on_commit)
 
     def _on_commit(self, committed: list[Committed]) -> None:
+        self.decoding.put(committed)  # first: whoever is told that it is on disk may ask what was found in it
         self.members.committed(committed)
-        self.decoding.put(committed)
 
     def _make_sink(self) -> Sink:
-        return open_sink(self.run_id, self.settings, self.directory, self.notes, self.notices)
+        return make_sink(self.run_id, self.settings, self.directory, self.notes, self.notices)
 
     def _header(self, epoch: int) -> Header:
         return Header(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from swanlab_ray.actors.journal.records import REDUCTION_VERSION, Finished, UnknownFormat
@@ -16,7 +17,7 @@ from swanlab_ray.actors.runs.summary import Summary
 from swanlab_ray.actors.settings import ObserverSettings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recovered:
     """What there is of a run when its writer begins; nothing, by default."""
 
@@ -24,58 +25,45 @@ class Recovered:
     """Where its entries begin, as far as they can be read."""
     committed: Position
     """Where they end."""
-    summary: Summary | None = None
-    damaged: bool = False
     sessions: Sessions = field(default_factory=Sessions)
-
-    @property
-    def finished(self) -> Finished | None:
-        """The end of its last job, where that is in the journal and not all of it was closed."""
-        return self.summary.finished if self.summary is not None and self.sessions.over is None else None
-
-    @property
-    def last_ns(self) -> int:
-        """The latest moment that its journal knows."""
-        return self.summary.last_ns if self.summary is not None else 0
-
-    @property
-    def before_ns(self) -> int:
-        """When its job before the present one had ended."""
-        if self.sessions.over is not None:
-            return self.sessions.over.time_ns
-        return self.summary.before_ns if self.summary is not None else 0
+    """Its jobs."""
+    jobs: int = 0
+    """How many it has had."""
+    began_ns: int = 0
+    """When the last of them began; 0: nobody had said hello."""
+    before_ns: int = 0
+    """When the one before the present one had ended."""
+    last_ns: int = 0
+    """The latest moment that its journal knows."""
+    finished: Finished | None = None
+    """The end of the present one, where that is in the journal and not all of it was closed."""
+    notified: Set[str] = frozenset()
+    """Keys of the notifications that the present one has sent."""
+    alerts: Set[str] = frozenset()
+    """Sentences that were told."""
+    run_dirs: tuple[str, ...] = ()
+    """Directories of the SwanLab runs that were begun."""
+    rows: int = 0
+    """Rows that SwanLab's cloud has confirmed."""
 
     @property
     def restarts(self) -> int:
         """Times that the present job was started again."""
-        if self.summary is None or self.sessions.over is not None:
-            return 0
-        return sum(alert.text.startswith(RESTARTED) for alert in self.summary.alerts)
-
-    @property
-    def run_dirs(self) -> list[str]:
-        """Directories of the SwanLab runs that were begun."""
-        return [opened.run_dir for opened in self.summary.opened if opened.run_dir] if self.summary is not None else []
-
-    def rows(self, settings: ObserverSettings) -> int:
-        """Rows that SwanLab's cloud has confirmed, as these settings count them."""
-        if self.summary is None or self.damaged or not same_place(self.summary, settings):
-            return 0
-        return self.summary.rows.get(REDUCTION_VERSION, 0)
+        return sum(text.startswith(RESTARTED) for text in self.alerts) if self.sessions.over is None else 0
 
 
-def recover(journal: Journal, on_disk: OnDisk, notices: Notices) -> Recovered:
+def recover(journal: Journal, on_disk: OnDisk, settings: ObserverSettings, notices: Notices) -> Recovered:
     """Read what the journal has of earlier incarnations."""
-    epoch = journal.epoch or max(journal.earlier, default=0) + 1
-    here = Position(epoch, 0)
+    here = Position(journal.epoch or max(journal.earlier, default=0) + 1, 0)
+    nothing = Recovered(begun=here, committed=here)
     began = time.monotonic()
     try:
         summary = on_disk.read()
     except (OSError, UnknownFormat) as error:
         notices(f"The journal of this run cannot be read ({error}); what it has is not in SwanLab's run.")
-        return Recovered(here, here)
+        return nothing
     if not journal.earlier or summary is None:
-        return Recovered(here, here)
+        return nothing
     on_disk.join(summary)
     damaged = any(not found.damage.torn for found in summary.damaged)
     if damaged:
@@ -84,4 +72,24 @@ def recover(journal: Journal, on_disk: OnDisk, notices: Notices) -> Recovered:
         f"the journal has {summary.events} events of {len(summary.ranks())} ranks "
         f"(read in {time.monotonic() - began:.1f} s): {journal.directory}"
     )
-    return Recovered(Position(0, 0), here, summary, damaged, Sessions(summary))
+    sessions = Sessions(summary)
+    over = sessions.over
+    return Recovered(
+        begun=Position(0, 0),
+        committed=here,
+        sessions=sessions,
+        jobs=summary.sessions,
+        began_ns=summary.session_ns,
+        before_ns=over.time_ns if over is not None else summary.before_ns,
+        last_ns=summary.last_ns,
+        finished=summary.finished if over is None else None,
+        notified=summary.notified,
+        alerts={alert.text for alert in summary.alerts},
+        run_dirs=tuple(opened.run_dir for opened in summary.opened if opened.run_dir),
+        rows=_delivered(summary, settings) if not damaged else 0,
+    )
+
+
+def _delivered(summary: Summary, settings: ObserverSettings) -> int:
+    """Rows that SwanLab's cloud has confirmed, as this version and these settings count them."""
+    return summary.rows.get(REDUCTION_VERSION, 0) if same_place(summary, settings) else 0

@@ -27,20 +27,12 @@ class Telling:
         self._parts = parts
         self._report = report
         mailbox = open_mailbox(parts.settings, parts.notices, lambda key: parts.journal.append(Notified(key=key)))
-        found, summary = parts.recovered, parts.recovered.summary
-        if summary is None:
-            self.notifications = Notifications(mailbox, parts.notices)
-        elif found.sessions.over is not None:
+        found = parts.recovered
+        if found.sessions.over is not None:
             self.notifications = Notifications(mailbox, parts.notices, began=parts.clock.now(), again=True)
         else:
-            self.notifications = Notifications(
-                mailbox,
-                parts.notices,
-                summary.notified,
-                {alert.text for alert in summary.alerts},
-                summary.session_ns / 1e9 or None,  # nobody had said hello yet
-                again=summary.sessions > 1,
-            )
+            began, again = found.began_ns / 1e9 or None, found.jobs > 1
+            self.notifications = Notifications(mailbox, parts.notices, found.notified, found.alerts, began, again)
 
     def look(self) -> None:
         """See what is new."""
