@@ -47,7 +47,10 @@ def run_demo(settings: ObserverSettings, ranks: int, steps: int, console: Consol
     """
     for module in ("torch", "transformers", "accelerate"):
         if importlib.util.find_spec(module) is None:
-            raise click.ClickException(f"The demo needs {module}, which is missing: pip install 'swanlab-ray[demo]'.")
+            raise click.ClickException(
+                f"The demo needs {module}, which is missing: install swanlab-ray with its extra [demo], such as pip "
+                "install '.[demo]' in a checkout."
+            )
     run_id = settings.run_id or fresh_run_id("demo")
     _make_directory(settings.log_dir)
     log_path = settings.log_dir / f"{run_id}.log"
