@@ -455,6 +455,7 @@ def test_a_removed_directory_is_noticed(tmp_path: Path, monkeypatch: pytest.Monk
     kept.journal.append(batch(1))
     assert kept.journal.settled(10)
     assert isinstance(kept.trouble[0], FileNotFoundError)
+    assert str(kept.trouble[0]) == f"[Errno {errno.ENOENT}] the directory has vanished: '{directory}'"
     assert stored(directory) == [1]
     kept.journal.close(10)
 

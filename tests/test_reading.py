@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from swanlab_ray.actors.journal import batches
+from swanlab_ray.actors.journal.batches import BatchReader
 from swanlab_ray.actors.journal.framing import frame
 from swanlab_ray.actors.journal.reading import Damaged, entries
 from swanlab_ray.actors.journal.records import (
@@ -35,7 +37,7 @@ from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.runs.summary import Life, Summary, ending, ledger, summarise
 from swanlab_ray.actors.wire.codec import encode_batch
-from swanlab_ray.actors.wire.events import OUTCOME, SCALARS, USER, Outcome
+from swanlab_ray.actors.wire.events import OUTCOME, SCALARS, USER, Outcome, Scalars
 from swanlab_ray.actors.wire.messages import Counts
 from swanlab_ray.observer.encoding.numbers import encode
 from tests.journals import write_file
@@ -188,6 +190,23 @@ def test_a_rank_that_was_started_again_ended_as_its_latest_life_did() -> None:
     assert ending(summary_of(*lives)) is None
     assert ending(summary_of(*lives, ended(0, "success", life="b"))) == ("success", None)
     assert ending(Summary()) is None
+
+
+def test_a_reader_of_batches_gets_each_once_and_is_told_of_the_first_that_it_cannot_read(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    batches._tell.cache_clear()
+    reader = BatchReader()
+    assert reader.events(batch(1)) == [Scalars(1, 1, USER, {"x": 1.0})]
+    assert reader.events(batch(1)) == []
+    assert reader.events(batch(0)) == [Scalars(0, 1, USER, {"x": 1.0})]
+    assert [reader.events(Batch(0, "a", seq, 1, 3, b"no batch")) for seq in (2, 2, 3)] == [[], [], []]
+    assert reader.unread == 2
+    again = BatchReader()
+    assert again.events(Batch(0, "a", 2, 1, 3, b"no batch")) == []
+    (told,) = [record.message for record in caplog.records]
+    assert told.startswith("Batch 2 of rank 0 (3 events) cannot be decoded and is left out (")
+    assert told.endswith("swanlab-ray. Check the run's files with: swanlab-ray verify")
 
 
 # Files.
