@@ -29,11 +29,11 @@ demo: install
 test: install
 	TESTS_SLOWNESS=$$($(BIN)/python -m tests.slowness) $(MAKE) --jobs 5 lint typecheck test-axolotl test-newest test-others
 
-test-others: install build/oldest build/newest
+test-others: install build/oldest build/newest build/imported
 	$(PYTEST) --ignore tests/test_plugin.py
 
 # Beside the others, from which they have other libraries; what they print is shown when they are over.
-test-axolotl test-newest: test-%: install build/%
+test-axolotl test-newest: test-%: install build/% build/imported
 	PYTHONPATH="$(CURDIR)/build/$*:$(CURDIR)" $(BIN)/python -m pytest $(TESTS_WITH_$*) > build/test-$*.txt; \
 		code=$$?; cat build/test-$*.txt; exit $$code
 
@@ -46,6 +46,12 @@ check: install
 
 check-units: install
 	$(PYTEST) --quick
+
+# The byte code of what all of pytest's workers import at the same time is made once.
+build/imported: $(INSTALLED)
+	$(BIN)/python -m tests.preloaded
+	mkdir -p build
+	touch $@
 
 # Other versions of libraries, which the tests put in front of the installed ones.
 build/%: tests/%.txt | install

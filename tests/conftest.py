@@ -44,6 +44,7 @@ os.environ.update(
     RAY_memory_monitor_refresh_ms="0",
     RAY_worker_niceness="0",
     RAY_prestart_worker_first_driver="0",
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
 )
 
 
