@@ -546,7 +546,7 @@ def test_a_text_that_is_no_unicode_holds_up_nothing(tmp_path: Path) -> None:
 
 def test_a_journal_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     newer = pack(header(1)).replace(b'"version":1', b'"version":2')
-    with pytest.raises(UnknownFormat, match="^it is of version 2, and this program reads up to 1: update it$"):
+    with pytest.raises(UnknownFormat, match=r"^it is of version 2, and this program reads up to 1: update it$"):
         unpack(newer)
     assert unpack(b'C{"type": "invented later", "time_ns": 1}') is None
 
