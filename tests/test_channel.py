@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import signal
@@ -27,6 +28,7 @@ from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.job.doing import Pulse
 from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.observer import Observer
+from swanlab_ray.observer.script.notices import logger, say_again
 from swanlab_ray.observer.timing.spans import SpanLog
 from swanlab_ray.observer.transport import batches as batches_module
 from swanlab_ray.observer.transport import queue as queue_module
@@ -34,8 +36,9 @@ from swanlab_ray.observer.transport import spool as spool_module
 from swanlab_ray.observer.transport import tally as tally_module
 from swanlab_ray.observer.transport import window as window_module
 from swanlab_ray.observer.transport.channel import Channel
-from swanlab_ray.observer.transport.queue import SLOT_BYTES
+from swanlab_ray.observer.transport.queue import SLOT_BYTES, EventQueue
 from swanlab_ray.observer.transport.spool import Spool
+from swanlab_ray.observer.transport.tally import Tally
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.shaky_link import ShakyLink
@@ -539,7 +542,7 @@ def test_a_forked_child_waits_for_nothing(link: ShakyLink, observer: Observer) -
     observer.log({"x": 1}, 0)
     assert observer.flush()
     channel = observer._channel
-    with channel._ownership.lock, channel._tally.moving, channel.queue.counting:
+    with channel._ownership.lock, channel.queue.counting:
         child = os.fork()
         if child == 0:
             signal.alarm(20)
@@ -570,14 +573,38 @@ def test_a_signal_handler_may_ask_whatever_it_interrupts(link: ShakyLink, observ
     channel, over = observer._channel, threading.Event()
 
     def interrupted() -> None:
-        with channel._tally.moving, channel.queue.counting:
+        with channel.queue.counting:
             observer.log({f"a long name {number}": 1.0 for number in range(3000)}, 0)
             observer.log({"x": 1j}, 1)
             observer.flush(timeout=0)
+            observer.finish(timeout=1.0)
         over.set()
 
     threading.Thread(target=interrupted, daemon=True).start()
     assert over.wait(20)
+
+
+def test_what_comes_too_late_is_told_while_nobody_waits() -> None:
+    """A script's logging handler may ask another thread for the counts, or log to the run."""
+    say_again()
+    queue = EventQueue()
+    answers: list[int] = []
+
+    class Asks(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            asking = threading.Thread(target=lambda: answers.append(Tally(queue).statistics().logged), daemon=True)
+            asking.start()
+            asking.join(10)
+
+    asks = Asks()
+    logger.addHandler(asks)
+    try:
+        queue.append(b"x")
+        queue.append(b"x")
+        queue.refuse_rest()
+    finally:
+        logger.removeHandler(asks)
+    assert answers == [2]
 
 
 @pytest.mark.parametrize("timeout", [math.inf, 1e300])

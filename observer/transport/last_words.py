@@ -31,9 +31,8 @@ class Ownership:
     on a GPU. It may stand still there, in a lock that a fork left behind or a call that hangs. Then whoever waits for
     the end takes over, for good, and the flusher finds that out when it is back.
 
-    What does not belong to the owner belongs to all threads: the queue and the tally, under their own locks
-    (:attr:`EventQueue.counting`, :attr:`Tally.moving`). Those are held for a moment only, in this order: owner,
-    moving, counting.
+    What does not belong to the owner belongs to all threads: the queue and the tally, under one lock
+    (:attr:`EventQueue.counting`). That is held for a moment only, and nobody waits for the owner who holds it.
     """
 
     def __init__(self) -> None:

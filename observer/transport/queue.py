@@ -34,7 +34,8 @@ class EventQueue(deque["bytes | Deferred"]):
         self.refused = 0
         """Values and calls that are wrong, and no events."""
         self.counting = threading.RLock()
-        """Held for a moment by who changes these numbers, or takes something out. A signal handler may interrupt it."""
+        """Held for a moment by who changes these numbers or takes something out, and by who moves events on: one lock,
+        since a signal handler may interrupt whoever holds it, and ask for the counts."""
 
     def put(self, event: bytes | Deferred) -> None:
         """Append an event, or drop the oldest ones to make room. Never blocks."""
@@ -68,9 +69,7 @@ class EventQueue(deque["bytes | Deferred"]):
         """Count an event that comes after the end, and say so once."""
         with self.counting:
             self.late += 1
-        warn_once(
-            "late", "Something was logged after finish(): it is not recorded. Log it before, or connect() once more."
-        )
+        _warn_late()
 
     # What only the flusher does, or who is in its place.
 
@@ -111,10 +110,17 @@ class EventQueue(deque["bytes | Deferred"]):
     def refuse_rest(self) -> None:
         """What is still in it has come too late."""
         with self.counting:
-            for _ in range(self.take_all()):
-                self.put_late(None)
+            events = self.take_all()
+            self.late += events
+        if events:
+            _warn_late()
 
 
 def _excess(events: list[bytes] | list[bytes | Deferred]) -> int:
     """Bytes that large events take beyond a slot each."""
     return sum(len(e) - SLOT_BYTES for e in events if not isinstance(e, Deferred) and len(e) > SLOT_BYTES)
+
+
+def _warn_late() -> None:
+    """Without the lock: who knows what the script's logging handlers do."""
+    warn_once("late", "Something was logged after finish(): it is not recorded. Log it before, or connect() once more.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 
 from swanlab_ray.actors.wire.messages import Counts
@@ -48,7 +47,7 @@ class Tally:
         self._dropped: dict[str, int] = {}  # of those that were taken
         self.acknowledged = 0
         self.spooled = 0
-        self.moving = threading.RLock()
+        self.moving = queue.counting
         """Held for a moment by who moves events."""
 
     def taken(self, events: int) -> None:
@@ -92,7 +91,7 @@ class Tally:
     def statistics(self, reconnections: int = 0) -> ChannelStatistics:
         """The counts now."""
         queue = self._queue
-        with self.moving, queue.counting:
+        with self.moving:
             queued = len(queue)
             dropped = dict(self._dropped)
             for reason, events in ((OVERFLOW, queue.overflowed), (LATE, queue.late)):
