@@ -9,8 +9,10 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -315,7 +317,14 @@ def test_a_head_without_the_package_is_told_and_asked_three_times(
     assert one._hopeless is not None
 
 
-def test_a_script_that_uses_ray_after_connect_has_its_own(launch: Launch) -> None:
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    """For Ray's sockets, whose paths have a limit."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
+
+
+def test_a_script_that_uses_ray_after_connect_has_its_own(launch: Launch, short_directory: Path) -> None:
     """Neither its init nor a task without one meets the observer's cluster of one processor; nothing is lost."""
     done = launch(
         """
@@ -340,6 +349,7 @@ def test_a_script_that_uses_ray_after_connect_has_its_own(launch: Launch) -> Non
         print(observer.statistics())
         """,
         ranks=0,
+        RAY_TMPDIR=str(short_directory),  # where no cluster of another test is found
     ).wait()
     assert done.code == 0, done.output
     assert "task 2" in done.output
