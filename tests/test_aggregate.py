@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from swanlab_ray.actors.reduction import aggregate
@@ -139,6 +139,16 @@ def test_waiting_values_are_bounded_and_the_first_step_that_came_goes_first(monk
     assert steps == [9, *range(8), *range(10, 35)]
     written.aggregator.flush()
     assert written.aggregator._values == 0
+    assert not written.aggregator.waiting
+
+
+def test_each_name_waits_for_all_ranks_also_where_they_log_it_beside_others() -> None:
+    written = Written(world=2)
+    written.log(0, 1, a=1.0, b=2.0)
+    written.log(1, 1, a=3.0)
+    assert (written.values["a"], "b" in written.values) == ({1: 2.0}, False)
+    written.log(1, 1, b=4.0)
+    assert written.values["b"] == {1: 3.0}
     assert not written.aggregator.waiting
 
 
@@ -333,6 +343,14 @@ def test_of_steps_that_are_forgotten_only_the_first_value_of_a_rank_is_late(monk
     assert remembered.holds(1, 1, "ab"), "it may be"
 
 
+def test_the_first_step_of_all_is_forgotten_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(written_module, "STEPS_KEPT", 1)
+    remembered = written_module.Written()
+    for step in (0, 1):
+        remembered.add(step, frozenset("a"), Group(frozenset({0}), NOBODY))
+    assert [remembered.forgotten(step, "a") for step in (0, 1)] == [True, False]
+
+
 def test_names_are_forgotten_by_their_number_but_never_the_highest_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(written_module, "NAMES_KEPT", 10)
     remembered = written_module.Written()
@@ -391,6 +409,7 @@ OPERATIONS = st.one_of(
 
 @settings(deadline=None)
 @given(st.lists(OPERATIONS, max_size=30))
+@example([(0, 0, USER, {"a": 0.0}), (0, 0, USER, {"a": 0.0, "b": 0.0}), (1, 0, USER, {"a": 0.0})])
 def test_values_logged_in_one_call_and_one_by_one_are_the_same(operations: list[Any]) -> None:
     """Whatever else happens: ranks leave and come, steps are closed, a rank begins anew, names are forgotten."""
 

@@ -468,6 +468,18 @@ def test_an_odd_event_costs_no_other(odd: Event, told: str) -> None:
     assert run.told[0].startswith(told)
 
 
+def test_spans_of_steps_that_are_run_again_replace_those_before() -> None:
+    run = Reduced(world=1)
+    for begin, steps, duration in ((0, range(1, 6), 10**6), (10**9, range(3, 7), 10**8)):
+        for step in steps:
+            run.take(0, [Scalars(step, 1, USER, {"x": 1.0}), spans(step=[step], begins=[begin], durations=[duration])])
+            begin += 10**8
+    run.reduction.flush()
+    expected = dict.fromkeys((1, 2), 0.001) | dict.fromkeys((3, 4, 5, 6), 0.1)
+    assert run.points["profiling/forward"] == pytest.approx(expected)
+    assert (run.reduction.repeated, run.reduction.late) == (0, 0)
+
+
 def test_a_span_of_a_step_that_cannot_be_costs_no_other() -> None:
     run = Reduced(world=1)
     odd = spans(thread=[0] * 3, name=[0] * 3, step=[1, 2**63, 2], begins=[0, 1, 2], durations=[1] * 3)
