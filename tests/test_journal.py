@@ -518,7 +518,8 @@ def test_it_can_be_read_while_files_are_followed_by_others(tmp_path: Path, monke
     follower, followed = Follower(tmp_path, Position(0, 0)), []
     for seq in range(60):
         kept.journal.append(batch(seq, bytes(300)))
-        if seq % 7 == 0 and kept.committed:
+        if seq % 7 == 0:
+            wait_until(lambda: bool(kept.committed))
             acknowledged, (_, until) = kept.seqs(), kept.committed[-1]
             assert stored(tmp_path)[: len(acknowledged)] == acknowledged
             followed += [entry.seq for entry in follower.read(until) if isinstance(entry, Batch)]

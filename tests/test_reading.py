@@ -14,7 +14,7 @@ import pytest
 from swanlab_ray.actors.journal import batches
 from swanlab_ray.actors.journal.batches import BatchReader
 from swanlab_ray.actors.journal.framing import frame
-from swanlab_ray.actors.journal.reading import Damaged, entries
+from swanlab_ray.actors.journal.reading import Damaged, Follower, entries
 from swanlab_ray.actors.journal.records import (
     Alert,
     Arrived,
@@ -31,6 +31,7 @@ from swanlab_ray.actors.journal.records import (
     UnknownFormat,
     unpack,
 )
+from swanlab_ray.actors.journal.writing import Position
 from swanlab_ray.actors.runs.account import Account
 from swanlab_ray.actors.runs.causes import TERMINATED
 from swanlab_ray.actors.runs.finding import find_runs
@@ -207,6 +208,30 @@ def test_a_reader_of_batches_gets_each_once_and_is_told_of_the_first_that_it_can
     (told,) = [record.message for record in caplog.records]
     assert told.startswith("Batch 2 of rank 0 (3 events) cannot be decoded and is left out (")
     assert told.endswith("swanlab-ray. Check the run's files with: swanlab-ray verify")
+
+
+def test_a_follower_goes_on_where_it_was_over_as_many_files_as_there_are(tmp_path: Path) -> None:
+    """No entry twice, and nothing beyond what was committed."""
+    ends: dict[int, list[int]] = {}
+    for epoch in (1, 2, 3):
+        path = tmp_path / f"journal-{epoch:06d}.log"
+        write_file(path, header(epoch=epoch), [batch(10 * epoch + number) for number in range(3)])
+        ends[epoch] = [found[0] for found in entries(path) if not isinstance(found, Damaged)]
+    follower = Follower(tmp_path, Position(1, ends[1][1]))  # after the header and one batch
+
+    def read(epoch: int, number: int) -> list[int]:
+        seqs = [one.seq for one in follower.read(Position(epoch, ends[epoch][number])) if isinstance(one, Batch)]
+        assert follower.position == Position(epoch, ends[epoch][number])
+        return seqs
+
+    assert read(1, 2) == [11]
+    assert read(1, 2) == []
+    assert read(2, 0) == [12]
+    assert read(2, 1) == [20]
+    assert read(3, 2) == [21, 22, 30, 31]
+    assert read(3, 3) == [32]
+    assert list(follower.read(Position(2, 0))) == [], "it never goes back"
+    assert follower.position == Position(3, ends[3][3])
 
 
 # Files.
