@@ -113,7 +113,9 @@ def private_names(file: Path) -> set[str]:
     }
     found = {f"{module}:{name}" for module, name, _ in taken}
     for node in nodes:
-        if isinstance(node, ast.Attribute):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if _is_private(alias.name)}
+        elif isinstance(node, ast.Attribute):
             of_private = isinstance(node.value, ast.Name) and node.value.id in {known for _, _, known in taken}
             if of_private or (re.match("_[^_]", node.attr) and node.attr not in own_names()):
                 found.add(node.attr)
