@@ -24,7 +24,7 @@ from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.locks import hold_lock
 from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.observer import Observer
-from swanlab_ray.observer.script import notices
+from swanlab_ray.observer.script import notices, sigterm
 from tests import forked, incarnations
 from tests.forked import ForkedProcess
 from tests.shaky_link import ShakyLink
@@ -171,6 +171,14 @@ def _nothing_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notices, "_said", set())
     for stray in os.environ.keys() - environment().keys():
         monkeypatch.delenv(stray)
+
+
+@pytest.fixture(autouse=True)
+def _nobody_watches_for_sigterm() -> Iterator[None]:
+    """An observer that a test has not ended would keep the next one's from it: a process has one handler."""
+    yield
+    for watch in list(sigterm._active):
+        watch.stop()
 
 
 @pytest.fixture(autouse=True)
