@@ -175,7 +175,9 @@ def _nothing_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _nobody_watches_for_sigterm() -> Iterator[None]:
-    """An observer that a test has not ended would keep the next one's from it: a process has one handler."""
+    """What a test has not ended, or Ray has left behind, would keep the next test's observer from it: a process has
+    one handler."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
     for watch in list(sigterm._active):
         watch.stop()

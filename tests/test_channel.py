@@ -454,6 +454,18 @@ def test_an_end_while_a_cluster_starts_is_within_its_time_and_leaves_no_connecti
     assert link.closed.wait(10)  # by the thread that opened it, since nobody waits any more
 
 
+def test_an_end_without_any_time_still_puts_on_disk_what_there_is(tmp_path: Path) -> None:
+    """The flusher is given a moment to let go."""
+    observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), SlowLink())
+    with observer._channel._ownership.lock:  # the flusher is at work
+        observer.log({"x": 1}, 0)
+        ending = threading.Thread(target=observer.finish, kwargs={"timeout": 0})
+        ending.start()
+        wait_until(lambda: observer._channel._last_words.due, 10, "the end has begun")
+    ending.join()
+    assert observer.statistics().spooled == 1
+
+
 def test_what_ends_other_threads_does_not_end_the_one_that_sends(tmp_path: Path) -> None:
     ends = [SystemExit(1), KeyboardInterrupt()]
 

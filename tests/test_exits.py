@@ -57,6 +57,30 @@ def test_the_verdict_on_a_process(code: str, verdict: str, exit_code: int) -> No
     assert "_Exit" not in done.stderr
 
 
+AT_WORK = """
+import sys, threading, time
+from swanlab_ray.actors.wire.messages import Counts
+from swanlab_ray.observer.script import threads
+
+sys.setswitchinterval(1e-6)
+
+def work():
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        Counts.model_validate({"logged": 1}).model_dump()
+
+for _ in range(16):
+    threads.start(threading.Thread(target=work, daemon=True))
+"""
+
+
+def test_threads_at_work_when_the_interpreter_ends_do_not_abort_the_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT_WORK], capture_output=True, text=True, timeout=120, env=environment()
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 class _Nameless(type):
     def __getattribute__(cls, name: str) -> object:
         raise RuntimeError(name)

@@ -18,6 +18,7 @@ from swanlab_ray.actors.wire.messages import Counts, Goodbye, Hello, Sign
 from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.observer.encoding.numbers import Deferred
 from swanlab_ray.observer.job.doing import Pulse
+from swanlab_ray.observer.script import threads
 from swanlab_ray.observer.script.notices import logger, warn_once
 from swanlab_ray.observer.transport.batches import Batches
 from swanlab_ray.observer.transport.connection import Connection, Link
@@ -32,6 +33,9 @@ UNREACHABLE_S = 20.0
 """How long ``finish()`` tries to reach a writer that is not there."""
 SLACK_S = 5.0
 """Kept of the time for ``finish()`` for a flusher that stands still: Ray's own calls have deadlines too."""
+LEAST_PATIENCE_S = 1.0
+"""What a flusher that is at work is given to let go, even by a ``finish()`` without any time: nothing is put on disk
+before."""
 
 
 class Channel:
@@ -82,7 +86,7 @@ class Channel:
     def start(self) -> None:
         """Begin to send. From now on the flusher's thread calls what was passed."""
         try:
-            self._flusher.thread.start()
+            threads.start(self._flusher.thread)
         except RuntimeError as error:  # finish() puts aside what there is then
             self._flusher.last_error = f"this process can have no more threads ({error})"
             warn_once("no thread", f"Nothing can be sent from this rank: {self.last_error}; the training goes on.")
@@ -155,7 +159,7 @@ class Channel:
         self._link.deadline = self._last_words.deadline
         self._flusher.wake.set()
         if not self._ownership.lost and not self._flusher.ended_within(timeout - slack / 2):
-            self._relieve(slack / 2)
+            self._relieve(max(slack / 2, LEAST_PATIENCE_S))
         statistics = self.statistics()
         return statistics.acknowledged == statistics.logged - self.queue.late
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from swanlab_ray.actors.wire.messages import Ack, Farewell, Goodbye, Hello, NumberedBatch, Sign
 from swanlab_ray.actors.wire.status import WriterStatus
+from swanlab_ray.observer.script import threads
 from swanlab_ray.observer.transport.link import LinkBroken
 
 OPENING_POLL_S = 0.01
@@ -118,7 +119,7 @@ class Opening:
         self._abandoned = False
         self._changing = threading.Lock()
         self._done = threading.Event()
-        threading.Thread(target=self._work, name="swanlab-ray-connect", daemon=True).start()
+        threads.start(threading.Thread(target=self._work, name="swanlab-ray-connect", daemon=True))
 
     def wait(self, seconds: float) -> bool:
         """Whether it is over, at the latest after so many seconds."""
