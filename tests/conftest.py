@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -103,6 +104,10 @@ SLOW = {
     *("test_tracker", "test_wheel", "test_workers"),
 }
 """Files that ``--quick`` does not even import: they train, start processes, or try thousands of cases."""
+
+
+def pytest_report_header() -> str:
+    return f"deadlines: {SLOWNESS:g} times those of two free cores"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -308,8 +313,11 @@ Launch = Callable[..., Job]
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
     """Start a script in a directory of its own; its runs lie in ``tmp_path/swanlog``. With ``forks``, ranks are forks
-    of a new process, which finds its libraries by ``PYTHONPATH``."""
+    of a new process, which finds its libraries by ``PYTHONPATH``.
+
+    Where it is not told of a cluster, it finds none: Ray leaves word of the latest one, of whatever test that is."""
     jobs: list[Job] = []
+    rays = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)  # sockets need a short name
 
     def start(
         source: str, ranks: int = 1, torchrun: tuple[str, ...] = ("--standalone",), forks: bool = False, **env: str
@@ -319,6 +327,8 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
         script.write_text(textwrap.dedent(source))
         output = tmp_path / f"output{number}.txt"
         output.touch()
+        if "RAY_ADDRESS" not in os.environ | env:
+            env = {"RAY_TMPDIR": rays.name} | env
         if ranks and not forks:
             options = (*torchrun, f"--nproc_per_node={ranks}")
             jobs.append(Job(forked.torchrun(options, script, job_environment(env), output), output))
@@ -339,6 +349,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     yield start
     for job in jobs:
         job.kill()
+    rays.cleanup()
 
 
 def run_forked(source: str, directory: Path, ranks: int, **env: str) -> Finished:
