@@ -12,7 +12,7 @@ import time
 import weakref
 
 PATIENCE_S = 2.0
-"""How long the interpreter's end waits for them. What takes longer hangs in a call, in which it is ended without harm."""
+"""How long the interpreter's end waits for them. What takes longer hangs in a call, where it is ended without harm."""
 
 _begun: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 _over = False
