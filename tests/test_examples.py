@@ -11,7 +11,7 @@ from swanlab_ray.actors.journal.records import Closed
 from swanlab_ray.actors.runs.finding import RunFiles, find_runs
 from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.observer.cli import main
-from tests.conftest import Launch, SharedCluster, run_forked
+from tests.conftest import Launch, SharedCluster, run_forked, wait_until
 from tests.incarnations import logged_in
 from tests.swanlab_file import RunFile, ended_run
 
@@ -57,8 +57,12 @@ def check_losses(run: RunFile, log_dir: Path, steps: range) -> None:
 
 def thinned(files: RunFiles) -> int:
     """What a slow machine's local mode could not take; the journal has it."""
-    (closed,) = [entry for entry in merged(files) if isinstance(entry, Closed)]
-    return closed.thinned
+
+    def closed() -> list[Closed]:
+        return [entry for entry in merged(files) if isinstance(entry, Closed)]
+
+    wait_until(lambda: len(closed()) > 0, 30, "the writer has noted the end, which comes after that of SwanLab's file")
+    return closed()[0].thinned
 
 
 def check_trainer(run: RunFile, log_dir: Path) -> None:
