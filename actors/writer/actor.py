@@ -11,6 +11,7 @@ other threads, and so have questions.
 
 from __future__ import annotations
 
+import sys
 import time
 
 import ray
@@ -48,6 +49,9 @@ BACKLOG_BYTES = 256 << 20
 """Batches that may wait here for the disk; the ranks keep what comes beyond that."""
 SETTLE_S = 10.0
 """How long the answer to a goodbye waits until what its rank has sent was looked at, so that it hears of refusals."""
+SWITCH_S = 0.0005
+"""How long one thread here may keep the others from running, a tenth of Python's own: a batch changes threads several
+times until it is acknowledged, and waits this long each time while values are reduced."""
 DURABLE_S = 2.0
 """How long the answer to a goodbye waits until that is on disk."""
 
@@ -63,6 +67,7 @@ class Writer:
     """
 
     def __init__(self, run_id: str, settings: ObserverSettings, life_lock: str | None = None) -> None:
+        sys.setswitchinterval(SWITCH_S)
         self._life_lock = hold_lock(life_lock) if life_lock else None
         self._parts = parts = Parts(run_id, settings)
         self._members, self._journal = parts.members, parts.journal

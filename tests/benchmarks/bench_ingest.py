@@ -93,7 +93,7 @@ def ours(rank: int, calls: int, number: int, barrier: Any, results: Any) -> None
     for step in range(calls):
         observer.log(DATA, step)
         if step % 10_000 == 9_999:
-            while observer.statistics().waiting > 30_000:
+            while observer.statistics().waiting > 50_000:
                 time.sleep(0.001)
     assert observer.flush(120)
     results.put((begin, time.time()))
