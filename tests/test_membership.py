@@ -30,7 +30,7 @@ from swanlab_ray.actors.wire.messages import (
     NumberedBatch,
     RunEnded,
     Sign,
-    Unknown,
+    UnknownRank,
 )
 from swanlab_ray.actors.wire.version import package_version
 from swanlab_ray.actors.writer.actor import Writer
@@ -141,7 +141,7 @@ def test_a_higher_attempt_of_the_same_job_is_a_restart_though_the_earlier_proces
     run.welcome(1, "b", attempt=1)
     run.welcome(0, "b", attempt=1)
     assert run.notices() == ["The training was started again, after its ranks had ended without a word"]
-    with pytest.raises(Unknown):
+    with pytest.raises(UnknownRank):
         run.sign(1)
     for number in (0, 1):
         run.goodbye(number, life="b")

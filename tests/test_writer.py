@@ -27,7 +27,7 @@ from swanlab_ray.actors.wire.messages import (
     NumberedBatch,
     RunEnded,
     Sign,
-    Unknown,
+    UnknownRank,
 )
 from swanlab_ray.actors.writer import ending, ticker
 from swanlab_ray.actors.writer.actor import Writer
@@ -176,7 +176,7 @@ def test_a_sign_of_life_of_a_rank_that_nobody_knows_is_refused(tmp_path: Path) -
     run.hello(0)
     for rank, life in ((1, "a"), (0, "another")):
         for batch in (None, NumberedBatch(0, 0, encode_batch([]))):
-            with pytest.raises(Unknown, match=f"rank {rank} has not said hello"):
+            with pytest.raises(UnknownRank, match=f"rank {rank} has not said hello"):
                 run.sign(rank, life=life, batch=batch)
     run.goodbye(0)
     with pytest.raises(RunEnded):

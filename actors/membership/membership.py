@@ -19,7 +19,7 @@ from swanlab_ray.actors.membership.sessions import Sessions
 from swanlab_ray.actors.notify.notices import Notices
 from swanlab_ray.actors.runs.account import Account
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.messages import Declined, Goodbye, Hello, Sign, Unknown
+from swanlab_ray.actors.wire.messages import Declined, Goodbye, Hello, Sign, UnknownRank
 
 
 class Membership:
@@ -110,11 +110,11 @@ class Membership:
         """Take a sign of life; ``now`` is monotonic.
 
         Raises:
-            Unknown: the rank did not say hello to this incarnation.
+            UnknownRank: the rank did not say hello to this incarnation.
         """
         member = self.ranks.get(sign.rank)
         if member is None or member.process.life != sign.life or member.restored:
-            raise Unknown(f"rank {sign.rank} has not said hello to this writer in this life")
+            raise UnknownRank(f"rank {sign.rank} has not said hello to this writer in this life")
         member.heard = now
         if not member.left:  # else it was sent before the goodbye, which has the final counts
             member.counted = sign.counted

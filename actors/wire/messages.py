@@ -30,7 +30,7 @@ class Fenced(Exception):
     """A newer writer has taken over the run; this one acknowledges nothing any more."""
 
 
-class Unknown(Exception):
+class UnknownRank(Exception):
     """This writer does not know the rank in this life, or from its journal only: it must say hello."""
 
 

@@ -32,7 +32,7 @@ from swanlab_ray.actors.wire.messages import (
     NumberedBatch,
     RunEnded,
     Sign,
-    Unknown,
+    UnknownRank,
 )
 from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.actors.writer.ending import Ending
@@ -111,7 +111,7 @@ class Writer:
         Raises:
             RunEnded: this run is closing.
             Fenced: another writer has taken over.
-            Unknown: the rank did not say hello to this incarnation.
+            UnknownRank: the rank did not say hello to this incarnation.
         """
         with self._members.lock:
             self._check_open()
@@ -136,7 +136,7 @@ class Writer:
 
         Raises:
             Fenced: another writer has taken over.
-            Unknown: the run has ended without this rank, which must say hello again.
+            UnknownRank: the run has ended without this rank, which must say hello again.
         """
         if self._parts.decoding.behind() < SETTLE_S:  # so that it still hears of values that were rejected
             self._parts.decoding.settled(SETTLE_S)
@@ -146,7 +146,7 @@ class Writer:
             notices = []
             if member is not None and member.process.life == goodbye.life:
                 if self._ending.outcome is not None and member.state == "lost":
-                    raise Unknown(f"rank {goodbye.rank} must say hello again")
+                    raise UnknownRank(f"rank {goodbye.rank} must say hello again")
                 self._members.leave(member, goodbye)
                 self._take_notices(member)
                 notices = list(member.view.told)
