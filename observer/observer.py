@@ -41,7 +41,7 @@ from swanlab_ray.observer.script.notices import logger, warn_once
 from swanlab_ray.observer.script.sigterm import TerminationWatch
 from swanlab_ray.observer.timing.spans import NoSpan, Span, SpanLog
 from swanlab_ray.observer.transport.channel import Channel, NoChannel
-from swanlab_ray.observer.transport.connection import Link
+from swanlab_ray.observer.transport.link import Link
 from swanlab_ray.observer.transport.queue import SLOT_BYTES
 from swanlab_ray.observer.transport.spool import Spool
 from swanlab_ray.observer.transport.tally import ChannelStatistics

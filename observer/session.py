@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError, check_writable
+from swanlab_ray.observer.agent.choice import RankLink
 from swanlab_ray.observer.job.identity import (
     Identity,
     check_run_id,
@@ -19,7 +20,6 @@ from swanlab_ray.observer.ray_cluster import patches
 from swanlab_ray.observer.script import workers
 from swanlab_ray.observer.script.notices import say_again, warn_once
 from swanlab_ray.observer.timing import spans
-from swanlab_ray.observer.transport.link import RayLink
 from swanlab_ray.observer.unobserved import DisabledObserver, WorkerObserver
 
 _current: Observer | None = None
@@ -84,7 +84,7 @@ def _connect(settings: ObserverSettings) -> Observer:
     check_run_id(settings, identity)
     identity = replace(identity, run=which_run(settings, identity))
     say_again()
-    observer = _begin(Observer(settings, identity, RayLink(settings, identity)))
+    observer = _begin(Observer(settings, identity, RankLink(settings, identity)))
     spans.active = observer.spans
     workers.note()
     if settings.strict:

@@ -9,6 +9,8 @@ from swanlab_ray.actors.membership.members import Member
 from swanlab_ray.actors.membership.membership import Membership
 from swanlab_ray.actors.wire.messages import BEAT_S
 
+GONE_S = 1.0
+"""What a rank had sent may still be on its way to the disk when its process was seen to end."""
 FAILED_RANK_GRACE_S = 15.0
 """Once one rank has failed, silence this long means that its peers went with it."""
 
@@ -29,7 +31,7 @@ def notice_lost(members: Membership, timeout: float, clock: RunClock, now: float
         if member.state != "running":
             continue
         silent = now - member.heard
-        gone = silent > 2 * BEAT_S and members.processes.gone(member)
+        gone = (member.gone and silent > GONE_S) or (silent > 2 * BEAT_S and members.processes.gone(member))
         if (gone or silent > timeout) and behind < silent:
             why = "its process is gone (killed?)" if gone else _silence(members, member, timeout)
             # It was heard every BEAT_S at least, so it fell about then; its peers' errors came of it.

@@ -55,6 +55,8 @@ class Member:
     """Known from the journal only."""
     left: bool = False
     """It has said goodbye."""
+    gone: bool = False
+    """The agent of its machine has seen its process end."""
     since: float = 0.0
     """When this life arrived, monotonic."""
     skew: Skew = field(default_factory=Skew)

@@ -123,6 +123,12 @@ class Membership:
             self._come_back(member)
         return member
 
+    def gone(self, rank: int, life: str) -> None:
+        """The process of a rank has ended."""
+        member = self.ranks.get(rank)
+        if member is not None and member.process.life == life:
+            member.gone = True
+
     def paused(self, seconds: float) -> None:
         """This process stood still, and could hear nobody."""
         for member in self.ranks.values():

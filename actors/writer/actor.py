@@ -122,6 +122,12 @@ class Writer:
                 self._take(member, batch)
             return self._ack(member)
 
+    @ray.method(concurrency_group="ingest")
+    def gone(self, rank: int, life: str) -> None:
+        """The process of a rank has ended, as the agent of its machine has seen, which had passed on all before."""
+        with self._members.lock:
+            self._members.gone(rank, life)
+
     def _take(self, member: Member, batch: NumberedBatch) -> None:
         waiting = self._journal.queued_bytes + self._parts.decoding.backlog
         self._members.last_batch = member.heard

@@ -23,12 +23,12 @@ from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.actors.settings import LOG_DIR_VARIABLES, ObserverSettings
 from swanlab_ray.actors.wire.naming import absolute
 from swanlab_ray.actors.wire.status import WriterStatus, status_line
+from swanlab_ray.observer.agent.starting import Agent
 from swanlab_ray.observer.history.breakdown import breakdown, phases_table
 from swanlab_ray.observer.job.identity import fresh_run_id
 from swanlab_ray.observer.looking.render import say
 from swanlab_ray.observer.looking.watch import Watcher, rank_table
-from swanlab_ray.observer.ray_cluster.finding import NoCluster, running_address
-from swanlab_ray.observer.ray_cluster.private import start_private
+from swanlab_ray.observer.ray_cluster.finding import NoCluster
 
 POLL_S = 0.5
 PLAIN_LINE_S = 3.0
@@ -56,8 +56,7 @@ def run_demo(settings: ObserverSettings, ranks: int, steps: int, console: Consol
     log_path = settings.log_dir / f"{run_id}.log"
     say(console, f"Training a small Llama: {ranks} ranks, {steps} steps, run {run_id}.")
     say(console, "Starting torchrun, its ranks and a Ray cluster (about 20 s) ...")
-    if running_address() is None:
-        start_private(run_id, settings.dashboard)  # while torch is being imported
+    Agent(run_id, 1, settings.dashboard).begin()  # while torch is being imported
     ours = _command("swanlab-ray")
     show = f"{ours} show {shlex.quote(run_id)}{_log_dir_option(settings.log_dir)}"
     try:

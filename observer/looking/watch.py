@@ -26,7 +26,7 @@ class Watcher:
 
     def __init__(self, run_id: str | None = None) -> None:
         self._run_id = run_id
-        self._cluster = cluster.attach_watcher(run_id)
+        cluster.join_watcher(run_id)
 
     def statuses(self) -> list[WriterStatus]:
         """Status of every writer here, or of the one asked for."""
@@ -58,7 +58,7 @@ class Watcher:
 
     def close(self) -> None:
         """Leave the cluster."""
-        cluster.detach(self._cluster)
+        cluster.leave()
 
 
 def rank_table(status: WriterStatus) -> Group:

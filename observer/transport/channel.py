@@ -21,9 +21,10 @@ from swanlab_ray.observer.job.doing import Pulse
 from swanlab_ray.observer.script import threads
 from swanlab_ray.observer.script.notices import logger, warn_once
 from swanlab_ray.observer.transport.batches import Batches
-from swanlab_ray.observer.transport.connection import Connection, Link
+from swanlab_ray.observer.transport.connection import Connection
 from swanlab_ray.observer.transport.flusher import Flusher
 from swanlab_ray.observer.transport.last_words import LastWords, Ownership, in_words
+from swanlab_ray.observer.transport.link import Link
 from swanlab_ray.observer.transport.queue import EventQueue
 from swanlab_ray.observer.transport.spool import Spool
 from swanlab_ray.observer.transport.tally import ChannelStatistics, Tally

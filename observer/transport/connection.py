@@ -8,29 +8,16 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from functools import partial
-from typing import Any, Protocol
 
-from swanlab_ray.actors.wire.messages import Ack, Farewell, Goodbye, Hello, NumberedBatch, Sign
+from swanlab_ray.actors.wire.messages import Ack, Farewell, Goodbye, Hello
 from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.observer.script import threads
-from swanlab_ray.observer.transport.link import LinkBroken
+from swanlab_ray.observer.transport.link import CALL_DEADLINE_S, Link, LinkBroken
 
+CLOSED_POLL_S = 0.05
+"""Pause between two looks at whether the run is closed."""
 OPENING_POLL_S = 0.01
 """Pause between two looks at the queue while the connection is being opened: nothing else empties it."""
-
-
-class Link(Protocol):
-    """What a connection can do; see :class:`swanlab_ray.observer.transport.link.RayLink`."""
-
-    run_id: str | None
-    deadline: float
-
-    def open(self, hello: Hello) -> Ack: ...
-    def ingest(self, sign: Sign, batch: NumberedBatch | None) -> Any: ...
-    def acknowledged(self, reference: Any, wait: float) -> Ack | None: ...
-    def goodbye(self, goodbye: Goodbye, wait: float) -> Farewell: ...
-    def wait_closed(self, deadline: float) -> WriterStatus | None: ...
-    def close(self) -> None: ...
 
 
 class Connection:
@@ -50,6 +37,7 @@ class Connection:
         self._away = away
         self._opening: Opening | None = None
         self._greeting: Hello | None = None
+        self._over = False
         self.up = False
         self.times = 0
         """How often it was opened."""
@@ -62,7 +50,7 @@ class Connection:
             RuntimeError: this process can have no more threads.
         """
         if self._opening is None:
-            self._opening = Opening(partial(self._greet, next_seq), self._link.close)
+            self._opening = Opening(partial(self._greet, next_seq), partial(self._link.close, False))
         with self._away():
             over = self._opening.wait(OPENING_POLL_S)
         if not over:
@@ -87,9 +75,17 @@ class Connection:
             return self._link.goodbye(goodbye, max(0.5, deadline - time.monotonic()))
 
     def wait_closed(self, deadline: float) -> WriterStatus | None:
-        """Wait until the run is closed; returns the writer's last status, if it told one."""
+        """Wait until the run is closed or until ``deadline`` (monotonic); returns the writer's last status, if it told
+        one."""
+        status = None
         with suppress(LinkBroken), self._away():  # everything is said; a restarted writer has no use for this rank
-            return self._link.wait_closed(deadline)
+            while (left := deadline - time.monotonic()) > 0:
+                status = self._link.status(max(0.1, min(CALL_DEADLINE_S, left)))
+                self._over = status is not None and status.closed
+                if status is None or status.closed:
+                    return status
+                time.sleep(CLOSED_POLL_S)
+            return status
         return None
 
     def leave(self) -> None:
@@ -97,7 +93,7 @@ class Connection:
         if self._opening is not None:
             self._opening.abandon()
         else:
-            self._link.close()
+            self._link.close(self._over)
 
 
 class Opening:

@@ -12,8 +12,7 @@ from typing import Any
 
 from swanlab_ray.actors.wire.messages import BEAT_S, WINDOW, Ack, Sign
 from swanlab_ray.observer.transport.batches import Batches, UnderWay
-from swanlab_ray.observer.transport.connection import Link
-from swanlab_ray.observer.transport.link import CALL_DEADLINE_S, LinkBroken
+from swanlab_ray.observer.transport.link import CALL_DEADLINE_S, Link, LinkBroken
 
 HOLD_S = 0.2
 """Pause after the writer had no room for a batch."""

@@ -1,4 +1,4 @@
-"""Where the private clusters of a user lie on this machine, and the removal of what killed ones have left.
+"""Where the agents of a user's runs lie on this machine, and the removal of what killed ones have left.
 
 Nothing is looked at, used or removed but what this user has made here: a root that nobody else can enter, and directly
 below it directories that carry our mark. Who lives is told by locks: process ids are another container's perhaps.
@@ -22,7 +22,7 @@ from swanlab_ray.observer.ray_cluster.addresses import NoCluster
 
 MARK = ".swanlab-ray"
 """File in each directory that was made here; it holds the run's id, or nothing in a session of Ray."""
-LOCKS = ("keeper", "alive")
+LOCKS = ("agent", "alive")
 """A directory is in use while one of these files in it is locked."""
 NEW_S = 60.0
 """A directory this young is left alone: who has just made it may not hold its lock yet."""
@@ -59,8 +59,8 @@ def directory_for(run_id: str) -> Path:
         except OSError as error:
             found.append(f"{root.parent}: {error.strerror or error}")
     raise NoCluster(
-        f"A Ray cluster of its own has no place on this machine ({'; '.join(found)}): set TMPDIR to a directory of "
-        "this user with a short name and some space, or RAY_ADDRESS to a cluster."
+        f"The observer's agent has no place on this machine ({'; '.join(found)}): set TMPDIR to a directory of this "
+        "user with a short name and some space."
     )
 
 

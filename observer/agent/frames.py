@@ -1,0 +1,124 @@
+"""What a rank and the agent of its machine say to each other: frames of plain bytes over a Unix socket.
+
+A frame is its length (4 bytes, big-endian) and as many bytes of msgpack: the number of the call, what it is, and its
+body, whose type follows from that. An answer has the number of its call.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+import threading
+from typing import Any, TypeVar
+
+import msgspec
+from pydantic import BaseModel, SecretStr
+
+from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.wire.messages import Hello, NumberedBatch, Sign
+
+_LENGTH = struct.Struct(">I")
+RECEIVED_AT_ONCE = 1 << 18
+
+T = TypeVar("T")
+
+
+class Frame(msgspec.Struct, array_like=True):
+    number: int
+    what: str
+    """Of a call: the method. Of an answer: empty, or how the connection to the writer broke."""
+    body: msgspec.Raw
+
+
+class Opening(msgspec.Struct):
+    """A rank's first call."""
+
+    hello: Hello
+    run_id: str
+    settings: dict[str, Any]
+    """With secrets: the socket is this user's alone."""
+
+
+class Ingest(msgspec.Struct, array_like=True):
+    """A sign of life, with a batch or without."""
+
+    sign: Sign
+    batch: NumberedBatch | None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is no message")
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
+
+
+def encoded(number: int, what: str, body: Any) -> bytes:
+    """A frame, ready to be sent."""
+    data = _encoder.encode(Frame(number, what, msgspec.Raw(_encoder.encode(body))))
+    return _LENGTH.pack(len(data)) + data
+
+
+def decoded(body: bytes | msgspec.Raw, kind: type[T]) -> T:
+    """A frame's body."""
+    return msgspec.msgpack.decode(body, type=kind, dec_hook=lambda model, value: model.model_validate(value))
+
+
+def told(settings: ObserverSettings) -> dict[str, Any]:
+    """Settings as plain values, with secrets."""
+    secrets = {name: value.get_secret_value() for name, value in settings if isinstance(value, SecretStr)}
+    return settings.public() | secrets
+
+
+class Stream:
+    """Frames over a socket, from whatever thread.
+
+    Args:
+        connected: the socket, which is closed with it.
+        patience: seconds that the other side may take nothing.
+    """
+
+    def __init__(self, connected: socket.socket, patience: float) -> None:
+        self.socket = connected
+        self._sending = threading.Lock()
+        self._received = bytearray()
+        self._poll = select.poll()
+        self._poll.register(connected, select.POLLIN)
+        connected.settimeout(patience)
+
+    def send(self, frame: bytes) -> None:
+        """Raises ``OSError`` where the other side is gone, or takes nothing."""
+        with self._sending:
+            self.socket.sendall(frame)
+
+    def receive(self, wait: float) -> Frame | None:
+        """The next frame; None where none has come within ``wait`` seconds.
+
+        Raises:
+            OSError: the connection is broken.
+            EOFError: the other side is gone.
+        """
+        while (frame := self._next()) is None:
+            if not self._poll.poll(wait * 1000):
+                return None
+            more = self.socket.recv(RECEIVED_AT_ONCE)
+            if not more:
+                raise EOFError("the other side has ended")
+            self._received += more
+        return frame
+
+    def _next(self) -> Frame | None:
+        if len(self._received) < _LENGTH.size:
+            return None
+        end = _LENGTH.size + _LENGTH.unpack_from(self._received)[0]
+        if len(self._received) < end:
+            return None
+        data = bytes(self._received[_LENGTH.size : end])
+        del self._received[:end]
+        return msgspec.msgpack.decode(data, type=Frame)
+
+    def close(self) -> None:
+        self.socket.close()
