@@ -29,7 +29,7 @@ from swanlab_ray.actors.writer.actor import Writer
 from swanlab_ray.actors.writer.parts import Parts
 from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.observer import Observer
-from swanlab_ray.observer.transport.connection import Link as LinkProtocol
+from swanlab_ray.observer.transport.link import Link as LinkProtocol
 from swanlab_ray.observer.transport.link import LinkBroken, welcomed
 
 
@@ -162,15 +162,11 @@ class Link:
         farewell: Farewell = self._call("goodbye", goodbye)
         return farewell
 
-    def wait_closed(self, deadline: float) -> WriterStatus | None:
-        while time.monotonic() < deadline:
-            status: WriterStatus = self._call("status")
-            if status.closed:
-                return status
-            time.sleep(0.01)
-        return None
+    def status(self, wait: float) -> WriterStatus | None:
+        status: WriterStatus = self._call("status")
+        return status
 
-    def close(self) -> None: ...
+    def close(self, over: bool) -> None: ...
 
     def _call(self, method: str, *arguments: Any) -> Any:
         time.sleep(self.delay)

@@ -6,9 +6,6 @@ import gc
 import inspect
 from importlib import import_module
 
-from swanlab_ray.observer.ray_cluster.guards import set_environment
-
-set_environment()  # before Ray
 for _name in (
     "ray",
     "swanlab_ray.actors.writer.actor",

@@ -58,10 +58,10 @@ class ShakyLink:
         self.goodbyes.append(goodbye)
         return Farewell(True, [])
 
-    def wait_closed(self, deadline: float) -> WriterStatus | None:
+    def status(self, wait: float) -> WriterStatus | None:
         return None
 
-    def close(self) -> None: ...
+    def close(self, over: bool) -> None: ...
 
     def steps(self) -> list[int]:
         return [event.step for event in self.taken if isinstance(event, Scalars)]

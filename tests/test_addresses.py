@@ -77,7 +77,7 @@ def test_who_says_nothing_may_be_busy(listener: Callable[..., str], monkeypatch:
     assert addresses.speech(address) == "nothing"
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(cluster.NoCluster, match="is listened to, but nothing is answered there"):
-        cluster.attach("run", nodes=1)
+        cluster.meant(nodes=1)
 
 
 @pytest.mark.parametrize("address", ["", "nonsense", "host:port", ":6379", "host:0", "host:70000", "[::1]", "a b:1"])
@@ -86,20 +86,6 @@ def test_nobody_answers_at_what_is_no_address(address: str) -> None:
     assert addresses.speech(address) == "nothing"
 
 
-class _Started(Exception):
-    """A private cluster would be started now."""
-
-
-@pytest.fixture
-def _no_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(run_id: str, dashboard: bool) -> Path:
-        raise _Started
-
-    monkeypatch.setattr(cluster, "start_private", start)
-    monkeypatch.setattr(cluster, "_scripts_own", lambda ranks: None)
-
-
-@pytest.mark.usefixtures("_no_start")
 @pytest.mark.parametrize("address", ["local", "http://127.0.0.1:8265", "https://head:8265", None])
 def test_an_address_for_another_purpose_costs_one_sentence(
     address: str | None,
@@ -111,17 +97,15 @@ def test_an_address_for_another_purpose_costs_one_sentence(
     given = address or listener(_http)
     monkeypatch.setenv("RAY_ADDRESS", given)
     for _ in range(2):
-        with pytest.raises(_Started):
-            cluster.attach("run", nodes=1)
+        assert cluster.meant(nodes=1) is None
     (said,) = [record.getMessage() for record in caplog.records if given in record.getMessage()]
     assert said.count("\n") == 0
     monkeypatch.setattr(notices, "_said", set())
     with pytest.raises(cluster.NoCluster) as caught:
-        cluster.attach("run", nodes=2)
+        cluster.meant(nodes=2)
     assert f"RAY_ADDRESS={given!r}" in str(caught.value)
 
 
-@pytest.mark.usefixtures("_no_start")
 def test_a_noted_cluster_that_is_none_is_not_joined(
     listener: Callable[..., str],
     tmp_path: Path,
@@ -136,8 +120,7 @@ def test_a_noted_cluster_that_is_none_is_not_joined(
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert cluster.running_address() == address
-    with pytest.raises(_Started):
-        cluster.attach("run", nodes=1)
+    assert cluster.meant(nodes=1) is None
     assert f"'{address}', noted on this machine as its Ray cluster, is none" in caplog.text
 
 

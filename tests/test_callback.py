@@ -40,7 +40,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Observ
     mortal(monkeypatch, swanlab=True)
     settings = settings_for(tmp_path / "swanlog")
     cluster = Cluster(settings)
-    monkeypatch.setattr("swanlab_ray.observer.session.RayLink", lambda settings, identity: Link(cluster))
+    monkeypatch.setattr("swanlab_ray.observer.session.RankLink", lambda settings, identity: Link(cluster))
     yield settings
     observer = current()
     if observer is not None:
@@ -408,7 +408,7 @@ def test_each_trial_of_a_search_is_a_run(
 ) -> None:
     """As ``hyperparameter_search`` trains, one trial after the other; one that is begun again with a smaller batch is
     the same trial. Evaluations after a trial belong to it."""
-    monkeypatch.setattr("swanlab_ray.observer.session.RayLink", lambda settings, identity: Link(Cluster(settings)))
+    monkeypatch.setattr("swanlab_ray.observer.session.RankLink", lambda settings, identity: Link(Cluster(settings)))
 
     class Greedy(Trainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:

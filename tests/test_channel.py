@@ -214,7 +214,7 @@ def test_a_connection_that_does_not_close_makes_nothing_untrue(tmp_path: Path) -
     over = threading.Event()
 
     class Closing(ShakyLink):
-        def close(self) -> None:
+        def close(self, over: bool) -> None:
             over.wait(60)
 
     observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), Closing())
@@ -414,7 +414,7 @@ class SlowLink(ShakyLink):
         self.up.wait(60)
         return super().open(hello)
 
-    def close(self) -> None:
+    def close(self, over: bool) -> None:
         self.closed.set()
 
 

@@ -19,8 +19,8 @@ from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.observer import connect
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.history import transcripts, upload
+from swanlab_ray.observer.ray_cluster.link import REFERENCE_BYTES
 from swanlab_ray.observer.trainers.algorithms import detect
-from swanlab_ray.observer.transport.link import REFERENCE_BYTES
 from tests.conftest import SharedCluster
 from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.swanlab_cloud import Fault, SwanLabCloud

@@ -212,7 +212,7 @@ def test_ray_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(cluster.NoCluster, match=r"^Ray is not installed: pip install 'ray>=2.50'\.$"):
-        cluster.attach("run", nodes=1)
+        cluster.meant(nodes=1)
 
 
 def test_several_machines_without_a_cluster_are_told_what_to_start(
@@ -222,9 +222,8 @@ def test_several_machines_without_a_cluster_are_told_what_to_start(
 
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.delitem(sys.modules, "ray", raising=False)  # other tests have initialised it
     with pytest.raises(cluster.NoCluster, match=r"the job runs on 2 machines: start one \(ray start --head"):
-        cluster.attach("run", nodes=2)
+        cluster.meant(nodes=2)
 
 
 @pytest.mark.parametrize("closed", ["2", "1, 2", "0, 1, 2"])
@@ -232,7 +231,7 @@ def test_closed_standard_descriptors_are_no_socket_s(closed: str) -> None:
     code = f"""
 import os, sys
 for number in ({closed},): os.close(number)
-from swanlab_ray.observer.ray_cluster.guards import occupy_standard_descriptors
+from swanlab_ray.observer.script.descriptors import occupy_standard_descriptors
 occupy_standard_descriptors()
 assert all(os.readlink(f"/proc/self/fd/{{number}}") == "/dev/null" for number in ({closed},))
 reader, writer = os.pipe()

@@ -37,11 +37,12 @@ from swanlab_ray.actors.writer.actor import Writer
 from swanlab_ray.actors.writer.parts import Parts
 from swanlab_ray.observer.encoding.numbers import encode
 from swanlab_ray.observer.history import archive
-from swanlab_ray.observer.job.identity import Identity, Launch
+from swanlab_ray.observer.job.identity import Launch
 from swanlab_ray.observer.observer import Observer
+from swanlab_ray.observer.ray_cluster.link import Connection, RayLink
 from swanlab_ray.observer.transport import flusher as flusher_module
 from swanlab_ray.observer.transport import window as window_module
-from swanlab_ray.observer.transport.link import LinkBroken, RayLink
+from swanlab_ray.observer.transport.link import LinkBroken
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, logged_in, mortal, rank, settings_for
 from tests.swanlab_cloud import KEY, SwanLabCloud
@@ -659,11 +660,11 @@ def test_the_writer_of_a_run_that_has_just_ended_is_waited_out_without_a_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its name still leads to it for a moment. One that dies for longer is told of."""
-    link = RayLink(settings_for(tmp_path), Identity(0, 1, 0, 1))
+    link = RayLink(settings_for(tmp_path), "r", lambda: Connection("nowhere"))
     error = LinkBroken("ActorDiedError: The actor died unexpectedly before finishing this task.")
     error.__cause__ = ray.exceptions.ActorDiedError()
     assert link._is_ending(error)
-    monkeypatch.setattr("swanlab_ray.observer.transport.link.DYING_S", 0.0)
+    monkeypatch.setattr("swanlab_ray.observer.ray_cluster.link.DYING_S", 0.0)
     assert not link._is_ending(error)
     other = LinkBroken("no route to host")
     other.__cause__ = OSError()

@@ -56,7 +56,7 @@ def axolotl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     from transformers import modelcard
 
     mortal(monkeypatch, swanlab=True)
-    monkeypatch.setattr("swanlab_ray.observer.session.RayLink", lambda settings, _: Link(Cluster(settings)))
+    monkeypatch.setattr("swanlab_ray.observer.session.RankLink", lambda settings, _: Link(Cluster(settings)))
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["axolotl"])

@@ -20,7 +20,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Any, *logge
     """What a training with this configuration and these calls of ``accelerator.log`` leaves behind."""
     mortal(monkeypatch, swanlab=True)
     settings = settings_for(tmp_path / "swanlog")
-    monkeypatch.setattr("swanlab_ray.observer.session.RayLink", lambda settings, identity: Link(Cluster(settings)))
+    monkeypatch.setattr("swanlab_ray.observer.session.RankLink", lambda settings, identity: Link(Cluster(settings)))
     accelerator = Accelerator(cpu=True, log_with=ObserverTracker(settings))
     accelerator.init_trackers("p", config=config)
     for step, values in enumerate(logged):

@@ -50,9 +50,9 @@ def test_it_works_without_a_checkout(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     source = (
-        "import swanlab_ray.observer as o, swanlab_ray.observer.ray_cluster.keeper as keeper\n"
+        "import swanlab_ray.observer as o, swanlab_ray.observer.agent.process as agent\n"
         "observer = o.connect(mode='disabled'); observer.log({'x': 1}); observer.finish()\n"
-        "print(keeper.__file__, o.connect, flush=True)\n"
+        "print(agent.__file__, o.connect, flush=True)\n"
         "from swanlab_ray.observer.cli import main; main(['--version'])"
     )
     # The venv's own installation is editable: its finder comes after PYTHONPATH.

@@ -60,7 +60,7 @@ def writers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         cluster.kill()  # the writer of a run that has ended ends as well
         return incarnations.Link(cluster)
 
-    monkeypatch.setattr(session, "RayLink", link)
+    monkeypatch.setattr(session, "RankLink", link)
     return found
 
 

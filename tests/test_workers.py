@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import textwrap
@@ -10,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from swanlab_ray.actors.runs.finding import find_runs
 from tests.conftest import job_environment
-from tests.incarnations import logged_in
 
 SCRIPT = """
     import multiprocessing, os, sys, time
@@ -95,37 +92,3 @@ def test_a_worker_s_own_processes_are_workers(tmp_path: Path) -> None:
 def test_ranks_that_a_process_starts_are_ranks(how: str, what: str, tmp_path: Path) -> None:
     """With a RANK of their own, with torch.distributed initialised, or of a parent that is no rank."""
     assert run(how, what, tmp_path)[0] == {"child": "Observer"}
-
-
-FORKED_RANK = """
-    import multiprocessing, os, time
-    from swanlab_ray.observer import connect
-    from swanlab_ray.observer.ray_cluster import sharing
-
-    def rank():
-        os.environ.update(RANK="0", WORLD_SIZE="1", OBSERVER_RUN_ID="r")
-        observer = connect()
-        for step in range(20):
-            observer.log({"x": step}, step)
-        began = time.monotonic()
-        print("finish", observer.finish(), round(time.monotonic() - began), observer.statistics().spooled, flush=True)
-
-    sharing.claim(ours=True)  # as whoever has connected to Ray
-    process = multiprocessing.get_context("fork").Process(target=rank)
-    process.start()
-    process.join()
-"""
-
-
-def test_a_rank_forked_from_a_process_that_used_ray_keeps_what_it_logs_on_disk(tmp_path: Path) -> None:
-    """As ``accelerate.notebook_launcher`` does where the notebook has logged: Ray does not work there. That is said at
-    once, finish() does not wait for anything, and what was logged can be uploaded."""
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(FORKED_RANK))
-    done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, cwd=tmp_path, timeout=120, env=job_environment({})
-    )
-    assert re.search(r"^finish False [0-5] 20$", done.stdout, re.M), done.stdout + done.stderr
-    assert "Ray does not work in a fork: what this rank logs is put on its disk" in done.stderr
-    (run,) = find_runs([tmp_path / "swanlog"])
-    assert len(list(logged_in(run))) == 20

@@ -36,8 +36,9 @@ def connection(ranks: int) -> Connection | None:
     """This process's connection to Ray, if it has one that all ranks of the job may share."""
     ray: Any = sys.modules.get("ray")
     initialised = getattr(ray, "is_initialized", None)  # it may be half imported
-    if _forked_with_ray or initialised is None:
-        return None
+    client = sys.modules.get("ray.util.client")
+    if _forked_with_ray or initialised is None or (client is not None and client.ray.is_connected()):
+        return None  # Ray Client passes each call through one process of the cluster
     _share(ray)
     with using(None):
         if not initialised() or (ranks > 1 and patches.is_inside_alone()):

@@ -24,6 +24,9 @@ def main() -> None:
     from swanlab_ray.actors.wire.messages import ACTOR_PREFIX, NAMESPACE
     from swanlab_ray.observer import connect
 
+    ray.init(
+        address="local", include_dashboard=False, log_to_driver=False
+    )  # the script's own, so that it sees the writer
     observer = connect(project="bench", mode="offline", log_dir=tempfile.mkdtemp())
     assert observer.wait_ready(120)
     step = 0

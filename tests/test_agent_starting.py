@@ -1,9 +1,11 @@
-"""Directories of private clusters: whatever else lies there stays, and a cluster finds a place where this machine has
-one. What a keeper does that cannot start."""
+"""Directories of agents: whatever else lies there stays, and an agent finds a place where this machine has one. What it
+does that cannot start."""
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from swanlab_ray.actors.wire.locks import hold_lock, holder, nobody_holds, release_lock
-from swanlab_ray.observer.ray_cluster import directories, keeper, private
+from swanlab_ray.observer.agent import directories, private, starting
 from swanlab_ray.observer.ray_cluster.addresses import NoCluster
 from tests.conftest import wait_until
 
@@ -241,115 +243,125 @@ def test_a_directory_is_put_away_only_while_nobody_uses_it(
     assert not directory.exists()
 
 
-def test_a_cluster_that_does_not_start_leaves_the_reason(
-    places: list[Path], other_process: list[subprocess.Popen[str]]
-) -> None:
-    """The keeper ends itself and what it has started, though the call it waits in never returns."""
-    directory = directories.directory_for("run")
-    session = directories.new_session(places[0])
-    stuck = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            """
+STUCK = """
 import sys, time, subprocess
 from pathlib import Path
-from swanlab_ray.observer.ray_cluster import keeper
-from swanlab_ray.observer.ray_cluster import directories
+from swanlab_ray.observer.agent import directories, private
 directories.roots = lambda: [Path(sys.argv[1]).parent]
-with keeper.Starting(Path(sys.argv[1]), Path(sys.argv[2]), deadline=1.0):
-    print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
-    time.sleep(60)
-""",
-            str(directory),
-            str(session),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+
+class Stuck(private.Cluster):
+    def _init(self, dashboard):
+        print(self.session, subprocess.Popen(["sleep", "60"]).pid, flush=True)
+        time.sleep(60)
+
+Stuck(Path(sys.argv[1]), lambda why: print(why, flush=True)).start(dashboard=False, deadline=1.0)
+"""
+
+
+def test_a_cluster_that_does_not_start_is_given_up_with_the_reason(
+    places: list[Path], other_process: list[subprocess.Popen[str]]
+) -> None:
+    """The agent ends itself and what it has started, though the call it waits in never returns."""
+    directory = directories.directory_for("run")
+    stuck = subprocess.Popen([sys.executable, "-c", STUCK, str(directory)], stdout=subprocess.PIPE, text=True)
     other_process.append(stuck)
     _held_elsewhere(directory / "alive", other_process)
     assert stuck.stdout is not None
-    child = int(stuck.stdout.readline())
+    session, child = stuck.stdout.readline().split()
+    assert stuck.stdout.read() == "it did not start within 1 s\n"
     assert stuck.wait(60) == 1
-    assert (directory / "failed").read_text() == "it did not start within 1 s"
-    assert not session.exists()
+    assert not Path(session).exists()
     wait_until(lambda: not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text())
 
 
-def test_a_keeper_gives_up_when_nobody_waits_or_a_process_of_its_has_ended(
+def test_an_agent_gives_up_when_nobody_waits_or_a_process_of_its_has_ended(
     places: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given_up: list[str] = []
-    monkeypatch.setattr(keeper, "GRACE_S", 0.0)
-    monkeypatch.setattr(keeper, "POLL_S", 0.01)
+    monkeypatch.setattr(private, "GRACE_S", 0.0)
+    monkeypatch.setattr(private, "POLL_S", 0.01)
     directory = directories.directory_for("run")
 
-    class Watched(keeper.Starting):
+    class Watched(private.Cluster):
         def _give_up(self, why: str) -> None:
             given_up.append(why)
-            self._done.set()
+            self._started.set()
 
-    Watched(directory, directory)._watch()
-    monkeypatch.setattr(keeper, "_dead_children", lambda: ["gcs_server"])
-    Watched(directory, directory)._watch()
-    assert given_up == ["nobody waits for it any more", "gcs_server has ended while the cluster started"]
-
-
-def test_a_rank_tells_why_and_tries_again_later(places: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = directories.directory_for("run")
-    (directory / "keeper").touch()
-    (directory / "failed").write_text("gcs_server has ended while the cluster started")
-    monkeypatch.setattr(private, "_failures", {})
-    with pytest.raises(NoCluster, match=r"could not be started: gcs_server has ended while .*keeper\.log"):
-        private.wait_started(directory, private.never)
-    with pytest.raises(NoCluster, match="could not be started, 1 times: gcs_server has ended"):
-        private.start_private("run", dashboard=False)
+    Watched(directory, print)._watch(60.0)
+    monkeypatch.setattr(private, "_dead_children", lambda: ["gcs_server"])
+    Watched(directory, print)._watch(60.0)
+    Watched(directory, print).check()
+    assert given_up == [
+        "nobody waits for it any more",
+        "gcs_server has ended while the cluster started",
+        "gcs_server has ended",
+    ]
 
 
-def test_a_rank_that_ends_waits_for_no_cluster(places: list[Path], other_process: list[subprocess.Popen[str]]) -> None:
-    directory = directories.directory_for("run")
-    _held_elsewhere(directory / "keeper", other_process)
+@pytest.fixture
+def agent(places: list[Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[starting.Agent]:
+    """Of a run, not started."""
+    monkeypatch.setattr(starting, "_failures", {})
+    agent = starting.Agent("run", nodes=1, dashboard=False)
+    yield agent
+    agent.leave(over=False)
+
+
+def test_a_rank_tries_again_later_where_a_cluster_could_not_be_started(agent: starting.Agent) -> None:
+    assert re.search(
+        "could not be started: gcs_server has ended; see .*agent.log", agent.failed("gcs_server has ended")
+    )
+    with pytest.raises(NoCluster, match="could not be started, 1 times: see .*agent.log"):
+        agent.connect(lambda: math.inf)
+
+
+def test_an_agent_that_ends_at_once_is_told(agent: starting.Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starting, "AGENT", "swanlab_ray.no_such_module")
+    with pytest.raises(NoCluster, match="agent on this machine has ended: see .*agent.log"):
+        agent.connect(lambda: math.inf)
+    assert "No module named swanlab_ray.no_such_module" in agent.log.read_text()
+
+
+def test_a_rank_that_ends_waits_for_no_agent(agent: starting.Agent, other_process: list[subprocess.Popen[str]]) -> None:
+    _held_elsewhere(agent.directory / "agent", other_process)
     with pytest.raises(NoCluster, match="had not started yet"):
-        private.wait_started(directory, lambda: 0.0)
+        agent.connect(lambda: 0.0)
 
 
-def test_a_keeper_that_never_publishes_is_ended(
-    places: list[Path], monkeypatch: pytest.MonkeyPatch, other_process: list[subprocess.Popen[str]]
+def test_an_agent_that_never_answers_is_ended(
+    agent: starting.Agent, monkeypatch: pytest.MonkeyPatch, other_process: list[subprocess.Popen[str]]
 ) -> None:
-    """Whichever run has started it: the next one starts another. A process that only holds the lock is left alone."""
-    directory = directories.directory_for("run")
-    pid = _held_elsewhere(directory / "keeper", other_process)
-    _old(directory / "keeper")
-    assert private._keeper_of(directory) is None
+    """The next one is started then. A process that only holds the lock is left alone."""
+    monkeypatch.setattr(starting, "START_DEADLINE_S", 0.0)
+    pid = _held_elsewhere(agent.directory / "agent", other_process)
+    assert agent._pid() is None
     with pytest.raises(NoCluster, match="was ended"):
-        private.wait_started(directory, private.never)
+        agent.connect(lambda: math.inf)
     assert other_process[0].poll() is None
-    monkeypatch.setattr(private, "_keeper_of", lambda directory: pid)
+    monkeypatch.setattr(starting.Agent, "_pid", lambda self: pid)
     with pytest.raises(NoCluster, match="was ended"):
-        private.wait_started(directory, private.never)
+        agent.connect(lambda: math.inf)
     assert other_process[0].wait(60) == -9
 
 
-def test_leaving_a_cluster_lets_it_end(places: list[Path]) -> None:
+def test_leaving_an_agent_lets_it_end(agent: starting.Agent) -> None:
     """While others, a fork's child included, hold their own locks; and a process may come back."""
-    alive = directories.directory_for("run") / "alive"
-    private._hold(alive)
-    private._hold(alive)
+    alive = agent.directory / "alive"
+    starting._hold(alive)
+    starting._hold(alive)
     assert not nobody_holds(str(alive))
     child = os.fork()
     if child == 0:
-        private._hold(alive)  # its own
-        private.leave_private(alive.parent)
+        starting._hold(alive)  # its own
+        agent.leave(over=False)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert not nobody_holds(str(alive))
-    private.leave_private(alive.parent, over=True)
+    agent.leave(over=True)
     assert nobody_holds(str(alive))
     assert (alive.parent / "over").exists()
-    private._hold(alive)
+    starting._hold(alive)
     assert not nobody_holds(str(alive))
-    private.leave_private(alive.parent)
 
 
 def test_a_cluster_in_a_file_system_without_sockets_is_not_tried(

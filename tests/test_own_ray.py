@@ -1,15 +1,15 @@
-"""The script's Ray is the script's: in whatever order it is initialised, the observer's connection gives way."""
+"""The script's Ray is the script's: a rank reports through one that is there, and through the agent where it goes."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import faulthandler
-import logging
 import os
 import re
 import sys
 import tempfile
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,20 +18,22 @@ from typing import Any
 
 import pytest
 
+from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.actors.wire.messages import RunEnded
 from swanlab_ray.observer import session
-from swanlab_ray.observer.ray_cluster import patches, sharing
-from swanlab_ray.observer.transport import link
+from swanlab_ray.observer.ray_cluster import link, own, patches
+from swanlab_ray.observer.ray_cluster.link import Connection, Taken
+from swanlab_ray.observer.transport.link import LinkBroken, RunOver
 from tests.conftest import Launch
+from tests.incarnations import logged_in
 
 
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Stands in for Ray's public face, and notes what really reaches it."""
-    stand_in = SimpleNamespace(connected=False, calls=[])
+    """Stands in for Ray's public face, and notes what reaches it."""
+    stand_in = SimpleNamespace(connected=True, calls=[])
 
     def init(*args: Any, **kwargs: Any) -> str:
-        assert not stand_in.connected, "Maybe you called ray.init twice by accident?"
         stand_in.calls.append("init")
         stand_in.connected = True
         return "context"
@@ -41,84 +43,78 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Any:
         stand_in.connected = False
 
     stand_in.init, stand_in.shutdown, stand_in.is_initialized = init, shutdown, lambda: stand_in.connected
-    for name, value in {"_ours": False, "_connection": 0, "_shutdown": None, "_waiting": 0, "_level": None}.items():
-        monkeypatch.setattr(sharing, name, value)
-    monkeypatch.setattr(sharing, "_turn", threading.RLock())
-    sharing.share(stand_in)
+    stand_in.get_runtime_context = lambda: SimpleNamespace(gcs_address="127.0.0.1:6379")
+    for name, value in {"_shared": False, "_waiting": 0, "_forked_with_ray": False}.items():
+        monkeypatch.setattr(own, name, value)
+    monkeypatch.setattr(own, "_turn", threading.RLock())
+    monkeypatch.setitem(sys.modules, "ray", stand_in)
     return stand_in
 
 
-def _observer_joins(ray: Any) -> int:
-    with sharing.using_ray():
-        ray.init()
-        return sharing.claim(ours=True)
+def _connected() -> Connection:
+    connection = own.connection(1)
+    assert connection is not None
+    return connection
 
 
-def test_the_script_sees_a_ray_that_is_not_initialised(ray: Any) -> None:
-    connection = _observer_joins(ray)
-    assert not ray.is_initialized()
-    ray.shutdown()
-    assert ray.calls == ["init"]
-    with sharing.using_ray(connection):
-        assert ray.is_initialized()
+def test_a_process_without_ray_has_none(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray.connected = False
+    assert own.connection(1) is None
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())  # half imported
+    assert own.connection(1) is None
+    monkeypatch.delitem(sys.modules, "ray")
+    assert own.connection(1) is None
 
 
-def test_the_script_s_init_takes_the_connection(ray: Any) -> None:
-    connection = _observer_joins(ray)
-    assert ray.init(num_cpus=2) == "context"
-    assert ray.calls == ["init", "shutdown", "init"]
-    assert ray.is_initialized()
-    with pytest.raises(sharing.Taken), sharing.using_ray(connection):
+@pytest.mark.parametrize("leave", ["shutdown", "init"])
+def test_a_ray_that_the_script_has_left_is_not_used(leave: str, ray: Any) -> None:
+    connection = _connected()
+    assert connection.address == "127.0.0.1:6379"
+    with connection.using():
         pass
-    ray.shutdown()
-    assert ray.calls[-1] == "shutdown"
-
-
-def test_the_script_s_own_ray_is_not_touched(ray: Any) -> None:
-    ray.init()
-    with sharing.using_ray():
-        assert ray.is_initialized()
-        connection = sharing.claim(ours=False)
-    sharing.leave()
-    assert ray.calls == ["init"]
-    ray.shutdown()  # the script's
-    with pytest.raises(sharing.Taken), sharing.using_ray(connection):
+    getattr(ray, leave)()
+    assert ray.calls == [leave]
+    with pytest.raises(Taken), connection.using():
         pass
+    if leave == "init":
+        with _connected().using():
+            pass
 
 
 def test_the_script_waits_for_one_call_of_the_observer_only(ray: Any) -> None:
     """Who looks for an answer again and again lets it come in between."""
-    connection = _observer_joins(ray)
+    connection = _connected()
     looking, over = threading.Event(), threading.Event()
     errors: list[BaseException] = []
 
     def look() -> None:
         try:
             while not over.is_set():
-                with sharing.using_ray(connection):
+                with connection.using():
                     looking.set()
                     over.wait(0.01)
-        except sharing.Taken as error:
+        except Taken as error:
             errors.append(error)
 
     observer = threading.Thread(target=look)
     observer.start()
     assert looking.wait(30)
-    ray.init()
+    ray.shutdown()
     observer.join(30)
     over.set()
     assert len(errors) == 1
-    assert ray.calls == ["init", "shutdown", "init"]
+    assert ray.calls == ["shutdown"]
 
 
 def test_an_observer_s_call_that_hangs_holds_the_script_up_for_a_while_only(
     ray: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharing, "SCRIPTS_TURN_S", 0.05)
+    monkeypatch.setattr(own, "SCRIPTS_TURN_S", 0.05)
+    connection = _connected()
     hanging, over = threading.Event(), threading.Event()
 
     def hang() -> None:
-        with sharing.using_ray():
+        with connection.using():
             hanging.set()
             over.wait(60)
 
@@ -130,42 +126,13 @@ def test_an_observer_s_call_that_hangs_holds_the_script_up_for_a_while_only(
     observer.join(30)
 
 
-def test_an_init_under_way_is_seen(ray: Any) -> None:
-    """The script may have entered it before its name was ours."""
-    entered, over = threading.Event(), threading.Event()
-
-    def init() -> None:
-        entered.set()
-        over.wait(60)
-
-    stand_in = SimpleNamespace(init=init)
-    assert not sharing.is_under_way(stand_in)
-    script = threading.Thread(target=init)
-    script.start()
-    assert entered.wait(30)
-    assert sharing.is_under_way(stand_in)
-    over.set()
-    script.join(30)
-    assert not sharing.is_under_way(stand_in)
-
-
-def test_ray_s_logger_is_given_back(ray: Any) -> None:
-    logger = logging.getLogger("ray")
-    before = logger.level
-    sharing.hush()
-    _observer_joins(ray)
-    assert logger.level == logging.CRITICAL
-    ray.init()
-    assert logger.level == before
-
-
-def test_a_forked_child_waits_for_nobody(ray: Any) -> None:
-    """The turn may be that of a thread it does not have, and the connection is the parent's."""
-    _observer_joins(ray)
+def test_a_forked_child_has_no_ray_and_waits_for_nobody(ray: Any) -> None:
+    """The turn may be that of a thread it does not have, and Ray does not work there."""
+    connection = _connected()
     held, over = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with sharing.using_ray():
+        with connection.using():
             held.set()
             over.wait(60)
 
@@ -174,24 +141,10 @@ def test_a_forked_child_waits_for_nobody(ray: Any) -> None:
     assert held.wait(30)
     child = os.fork()
     if child == 0:
-        ray.connected = False
-        os._exit(0 if ray.init() == "context" and ray.calls == ["init", "init"] else 1)
+        ray.shutdown()
+        os._exit(0 if own.connection(1) is None else 1)
     over.set()
     observer.join(30)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def test_a_forked_child_does_not_see_the_observer_s_ray_nor_shuts_it_down(ray: Any) -> None:
-    """Ray's core would wait for threads that only the parent has."""
-    _observer_joins(ray)
-    child = os.fork()
-    if child == 0:
-        unseen = not ray.is_initialized()
-        ray.shutdown()
-        sharing.leave(always=True)
-        with contextlib.suppress(AssertionError):  # Ray refuses: its core cannot be made anew in a fork
-            ray.init()
-        os._exit(0 if unseen and ray.calls == ["init"] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
@@ -199,12 +152,11 @@ def test_a_fork_s_end_does_not_wait_for_ray(monkeypatch: pytest.MonkeyPatch) -> 
     """What Ray does at a process's exit waits for threads that the child does not have."""
     import ray
 
-    for name in ("init", "is_initialized", "shutdown"):
+    for name in ("init", "shutdown"):
         monkeypatch.setattr(ray, name, getattr(ray, name))
-    for name, value in {"_shutdown": None, "_forked_with_ray": False}.items():
-        monkeypatch.setattr(sharing, name, value)
+    monkeypatch.setattr(own, "_shared", False)
     registered_by_ray = ray.shutdown
-    sharing.share(ray)
+    own._share(ray)
     unregistered: list[Any] = []
     monkeypatch.setattr(atexit, "unregister", unregistered.append)
     monkeypatch.setattr(session, "_current", SimpleNamespace(_forked=lambda: None))
@@ -266,9 +218,9 @@ def test_a_raylet_that_does_not_listen_is_not_joined(
 @pytest.mark.parametrize(
     ("error", "kind", "text"),
     [
-        (RunEnded("r"), link.RunOver, "RunEnded: r"),
-        (ValueError("the run RunEnded has no such rank"), link.LinkBroken, "the run RunEnded"),
-        (ImportError("ModuleNotFoundError: No module named 'swanlab_ray'"), link.LinkBroken, "has no swanlab-ray"),
+        (RunEnded("r"), RunOver, "RunEnded: r"),
+        (ValueError("the run RunEnded has no such rank"), LinkBroken, "the run RunEnded"),
+        (ImportError("ModuleNotFoundError: No module named 'swanlab_ray'"), LinkBroken, "has no swanlab-ray"),
     ],
 )
 def test_an_answer_that_is_an_exception_counts_by_its_type(error: Exception, kind: type, text: str) -> None:
@@ -290,7 +242,6 @@ def test_a_head_without_the_package_is_told_and_asked_three_times(
     from ray.exceptions import ActorUnavailableError, RayTaskError
 
     from swanlab_ray.actors.writer import handle
-    from swanlab_ray.observer.job.identity import Identity
     from tests.incarnations import settings_for
 
     missing = ModuleNotFoundError("No module named 'swanlab_ray'")
@@ -305,13 +256,13 @@ def test_a_head_without_the_package_is_told_and_asked_three_times(
     monkeypatch.setattr(handle, "import_there", lambda: "import")
     monkeypatch.setattr(link.RayLink, "_ray", lambda self: contextlib.nullcontext(ray))
     monkeypatch.setattr(ray, "kill", lambda writer, **options: ended.append(options))
-    one = Link(settings_for(tmp_path), Identity(0, 1, 0, 1))
+    one = Link(settings_for(tmp_path), "r", lambda: Connection("nowhere"))
     one._writer = object()
-    restarting = link.LinkBroken("ActorUnavailableError: the actor was restarted")
+    restarting = LinkBroken("ActorUnavailableError: the actor was restarted")
     restarting.__cause__ = ActorUnavailableError("the actor was restarted", None)
     for _ in range(link.STARTS):
         assert one._hopeless is None
-        with pytest.raises(link.LinkBroken, match="has no swanlab-ray, or another version of it: install it there"):
+        with pytest.raises(LinkBroken, match="has no swanlab-ray, or another version of it: install it there"):
             one._note_failure(restarting)
     assert ended == [{"no_restart": True}] * link.STARTS
     assert one._hopeless is not None
@@ -324,36 +275,83 @@ def short_directory() -> Iterator[Path]:
         yield Path(directory)
 
 
+AROUND = """
+    from swanlab_ray.observer import connect
+    from swanlab_ray.observer.ray_cluster.patches import be_patient, leave_out_what_idles
+    import os, sys
+
+    def init():
+        be_patient()  # this machine may need longer to start a node than Ray waits
+        leave_out_what_idles(dashboard=False)
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+"""
+
+
 def test_a_script_that_uses_ray_after_connect_has_its_own(launch: Launch, short_directory: Path) -> None:
     """Neither its init nor a task without one meets the observer's cluster of one processor; nothing is lost."""
     done = launch(
-        """
-        from swanlab_ray.observer import connect
-        with connect() as observer:
-            observer.log({"x": 0.0}, step=0)
-            assert observer.wait_ready(600)
-            import ray
+        textwrap.dedent(AROUND)
+        + textwrap.dedent(
+            """
+            with connect() as observer:
+                observer.log({"x": 0.0}, step=0)
+                assert observer.wait_ready(600)
+                assert "ray" not in sys.modules
+                import ray
 
-            @ray.remote(num_cpus=2)
-            def cpus():
-                return int(ray.cluster_resources()["CPU"])
+                @ray.remote(num_cpus=2)
+                def cpus():
+                    return int(ray.cluster_resources()["CPU"])
 
-            assert not ray.is_initialized()
-            from swanlab_ray.observer.ray_cluster.patches import be_patient, leave_out_what_idles
-            be_patient()  # this machine may need longer to start a node than Ray waits
-            leave_out_what_idles(dashboard=False)
-            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-            print("task", ray.get(cpus.remote(), timeout=600))
-            observer.log({"x": 1.0}, step=1)
-            assert observer.flush(600)
-        print(observer.statistics())
-        """,
+                assert not ray.is_initialized()
+                init()
+                print("task", ray.get(cpus.remote(), timeout=600))
+                observer.log({"x": 1.0}, step=1)
+                assert observer.flush(600)
+            print(observer.statistics())
+            """
+        ),
         ranks=0,
         RAY_TMPDIR=str(short_directory),  # where no cluster of another test is found
     ).wait()
     assert done.code == 0, done.output
     assert "task 2" in done.output
     assert re.search(r"logged=2, acknowledged=2, spooled=0, dropped=\{\}", done.output), done.output
+
+
+def test_a_run_survives_the_script_s_ray(launch: Launch, tmp_path: Path, short_directory: Path) -> None:
+    """Which it reports through at first, and whose cluster ends in the middle, with the writer in it. A fork of such a
+    process reports as well, though Ray does not work there."""
+    done = launch(
+        textwrap.dedent(AROUND)
+        + textwrap.dedent(
+            """
+            import ray
+            init()
+            observer = connect(run_id="one")
+            observer.log({"x": 0.0}, step=0)
+            assert observer.flush(600)
+            ray.shutdown()
+            observer.log({"x": 1.0}, step=1)
+            assert observer.finish()
+            print(observer.statistics(), flush=True)
+            child = os.fork()
+            if child == 0:
+                with connect(run_id="two") as observer:
+                    observer.log({"x": 2.0}, step=2)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            """
+        ),
+        ranks=0,
+        RAY_TMPDIR=str(short_directory),
+    ).wait()
+    assert done.code == 0, done.output
+    assert re.search(r"logged=2, acknowledged=2, spooled=0, dropped=\{\}", done.output), done.output
+    runs = {
+        run.run_id: [(step, values) for _, step, values in logged_in(run)] for run in find_runs([tmp_path / "swanlog"])
+    }
+    assert runs == {"one": [(0, {"x": 0.0}), (1, {"x": 1.0})], "two": [(2, {"x": 2.0})]}
 
 
 @pytest.mark.parametrize("kind", ["none", "a logger"])
