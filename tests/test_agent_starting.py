@@ -308,16 +308,15 @@ def agent(places: list[Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[start
 
 
 def test_a_rank_tries_again_later_where_a_cluster_could_not_be_started(agent: starting.Agent) -> None:
-    assert re.search(
-        "could not be started: gcs_server has ended; see .*agent.log", agent.failed("gcs_server has ended")
-    )
-    with pytest.raises(NoCluster, match="could not be started, 1 times: see .*agent.log"):
+    told = agent.failed("gcs_server has ended")
+    assert re.search(r"could not be started: gcs_server has ended; see .*agent\.log", told)
+    with pytest.raises(NoCluster, match=r"could not be started, 1 times: see .*agent\.log"):
         agent.connect(lambda: math.inf)
 
 
 def test_an_agent_that_ends_at_once_is_told(agent: starting.Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starting, "AGENT", "swanlab_ray.no_such_module")
-    with pytest.raises(NoCluster, match="agent on this machine has ended: see .*agent.log"):
+    with pytest.raises(NoCluster, match=r"agent on this machine has ended: see .*agent\.log"):
         agent.connect(lambda: math.inf)
     assert "No module named swanlab_ray.no_such_module" in agent.log.read_text()
 

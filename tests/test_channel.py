@@ -211,17 +211,17 @@ def test_what_was_put_aside_is_told_once(link: ShakyLink, observer: Observer, ca
 
 
 def test_a_connection_that_does_not_close_makes_nothing_untrue(tmp_path: Path) -> None:
-    over = threading.Event()
+    closed = threading.Event()
 
     class Closing(ShakyLink):
         def close(self, over: bool) -> None:
-            over.wait(60)
+            closed.wait(60)
 
     observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), Closing())
     observer.log({"x": 1}, 0)
     assert observer.flush()
     assert observer.finish(timeout=1)
-    over.set()
+    closed.set()
 
 
 def test_steps_count_up_where_none_is_given(link: ShakyLink, observer: Observer) -> None:

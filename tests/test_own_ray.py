@@ -348,9 +348,8 @@ def test_a_run_survives_the_script_s_ray(launch: Launch, tmp_path: Path, short_d
     ).wait()
     assert done.code == 0, done.output
     assert re.search(r"logged=2, acknowledged=2, spooled=0, dropped=\{\}", done.output), done.output
-    runs = {
-        run.run_id: [(step, values) for _, step, values in logged_in(run)] for run in find_runs([tmp_path / "swanlog"])
-    }
+    found = find_runs([tmp_path / "swanlog"])
+    runs = {run.run_id: [(step, values) for _, step, values in logged_in(run)] for run in found}
     assert runs == {"one": [(0, {"x": 0.0}), (1, {"x": 1.0})], "two": [(2, {"x": 2.0})]}
 
 
