@@ -185,15 +185,19 @@ def test_the_writer_s_node_is_lost(launch: Launch, tmp_path: Path) -> None:
 
 
 CLUSTER_LOST = """
+    FOR_GOOD = False
     import os, sys, time, psutil
     from swanlab_ray.observer import connect
+    from swanlab_ray.observer.agent import starting
     observer = connect()
     for step in range(100):
         observer.log({"x": step}, step)
     assert observer.flush(600)
     processes = psutil.process_iter(["cmdline"])
-    (keeper,) = [p for p in processes if (p.info["cmdline"] or [""])[-1].endswith("/" + observer.run_id)]
-    for process in [*keeper.children(recursive=True), keeper]:
+    (agent,) = [p for p in processes if (p.info["cmdline"] or [""])[-1].endswith("/" + observer.run_id)]
+    if FOR_GOOD:
+        starting.AGENT = "no.such.module"
+    for process in [*agent.children(recursive=True), agent]:
         process.kill()
     for step in range(100, 300):
         observer.log({"x": step}, step)
@@ -202,10 +206,20 @@ CLUSTER_LOST = """
 """
 
 
+@pytest.mark.takes(20)
+def test_a_whole_cluster_that_is_lost_costs_nothing(launch: Launch, tmp_path: Path) -> None:
+    """With the agent, and the writer: the next agent starts another one, whose writer goes on with the journal."""
+    done = launch(CLUSTER_LOST, ranks=0, OBSERVER_RUN_ID="back", RAY_TMPDIR=str(tmp_path)).wait()
+    assert done.code == 0, done.output
+    assert "logged=300, acknowledged=300, spooled=0, dropped={}" in done.output
+    assert only_run(tmp_path / "swanlog").scalars["x"] == {step: float(step) for step in range(300)}
+
+
 @pytest.mark.takes(30)
 def test_the_whole_cluster_is_lost_and_sync_puts_it_together(launch: Launch, tmp_path: Path) -> None:
     """What the rank could not send is on its disk beside the journal; both together are the whole run."""
-    done = launch(CLUSTER_LOST, ranks=0, OBSERVER_RUN_ID="lost", RAY_TMPDIR=str(tmp_path)).wait()
+    for_good = CLUSTER_LOST.replace("FOR_GOOD = False", "FOR_GOOD = True")
+    done = launch(for_good, ranks=0, OBSERVER_RUN_ID="lost", RAY_TMPDIR=str(tmp_path)).wait()
     assert done.code == 0, done.output
     assert "spooled=200" in done.output
     assert "200 events of this rank did not reach the writer" in done.output

@@ -48,7 +48,7 @@ class AgentLink:
         try:
             agent = self._agent = self._agent or starting.Agent(self._run_id, self._nodes, self._settings.dashboard)
             self._stream = Stream(agent.connect(lambda: self.deadline), CALL_DEADLINE_S)
-        except NoCluster as error:
+        except OSError as error:  # no cluster, no more descriptors, a full disk
             raise LinkBroken(str(error)) from error
         number = self._call("open", Opening(hello, self._run_id, told(self._settings)))
         began = time.monotonic()

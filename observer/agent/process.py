@@ -25,7 +25,7 @@ from swanlab_ray.observer.agent.private import Cluster
 from swanlab_ray.observer.agent.serving import Unstarted, serve
 from swanlab_ray.observer.ray_cluster import finding
 from swanlab_ray.observer.ray_cluster.addresses import NoCluster
-from swanlab_ray.observer.ray_cluster.link import Connection
+from swanlab_ray.observer.ray_cluster.link import Connection, RayLink
 
 GRACE_S = 4.0
 """The lock may be free this long: a restarted writer needs about two seconds."""
@@ -70,7 +70,7 @@ class Agent:
     def run(self) -> None:
         """Until nobody needs it any more."""
         directories.sweep(self._directory.parent)
-        serve(self._directory / "socket", self.connect)
+        serve(self._directory / "socket", lambda settings, run_id: RayLink(settings, run_id, self.connect))
         while True:
             self._wait_until_unused()
             # Nobody finds it any more under its name; then nobody can have come in between.

@@ -11,17 +11,17 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.messages import Goodbye, Hello
 from swanlab_ray.observer.agent.frames import Frame, Ingest, Opening, Stream, decoded, encoded
 from swanlab_ray.observer.agent.starting import UNSTARTED
-from swanlab_ray.observer.ray_cluster.link import Connection, RayLink
-from swanlab_ray.observer.transport.link import CALL_DEADLINE_S, LinkBroken
+from swanlab_ray.observer.transport.link import CALL_DEADLINE_S, Link, LinkBroken
 
 ANSWER_S = 1.0
 """How long one look for an answer of the writer takes."""
@@ -35,36 +35,55 @@ class Unstarted(Exception):
     """Ray could not be started, and this process ends."""
 
 
-def serve(path: Path, connect: Callable[[], Connection]) -> None:
-    """Listen, and hold a conversation with each rank, on threads of their own.
+class WriterLink(Link, Protocol):
+    """A rank's connection to its writer."""
 
-    Args:
-        connect: finds or starts Ray; raises ``NoCluster`` or :class:`Unstarted`.
-    """
+    def tell_gone(self, rank: int, life: str) -> None:
+        """Tell the writer that a rank's process has ended."""
+
+
+MakeLink = Callable[[ObserverSettings, str], WriterLink]
+"""Makes one, given the settings of a run and its id. To open it may raise :class:`Unstarted` as well."""
+
+
+def serve(path: Path, make_link: MakeLink) -> socket.socket:
+    """Listen there, and hold a conversation with each rank, on threads of their own. Returns what it listens with."""
+    links: dict[str, WriterLink] = {}  # by the life of a rank, which may come back over another socket
+
+    def link_for(opening: Opening) -> WriterLink:
+        return links.setdefault(opening.hello.life, make_link(ObserverSettings(**opening.settings), opening.run_id))
+
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(path))
     listening.listen(128)
 
     def work() -> None:
         while True:
-            connected, _ = listening.accept()
+            try:
+                connected, _ = listening.accept()
+            except OSError:  # no more descriptors, or closed
+                if listening.fileno() < 0:
+                    return
+                time.sleep(ANSWER_S)
+                continue
             pid, user, _ = PEER.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
             if user == os.getuid():
-                threading.Thread(target=Conversation(connected, pid, connect).run, name="rank", daemon=True).start()
+                threading.Thread(target=Conversation(connected, pid, link_for).run, name="rank", daemon=True).start()
             else:
                 connected.close()
 
     threading.Thread(target=work, name="listening", daemon=True).start()
+    return listening
 
 
 class Conversation:
     """With one process of the training."""
 
-    def __init__(self, connected: socket.socket, pid: int, connect: Callable[[], Connection]) -> None:
+    def __init__(self, connected: socket.socket, pid: int, link_for: Callable[[Opening], WriterLink]) -> None:
         self._stream = Stream(connected, CALL_DEADLINE_S)
         self._process = Exit(pid)
-        self._connect = connect
-        self._link: RayLink | None = None
+        self._link_for = link_for
+        self._link: WriterLink | None = None
         self._hello: Hello | None = None
         self._left = False
         self._over = threading.Event()
@@ -121,8 +140,7 @@ class Conversation:
             self._fail(frame.number, error)
 
     def _open(self, opening: Opening) -> Any:
-        settings = ObserverSettings(**opening.settings)
-        self._link = RayLink(settings, opening.run_id, self._connect)
+        self._link = self._link_for(opening)
         self._hello, self._left = opening.hello, False
         return self._link.open(opening.hello)
 

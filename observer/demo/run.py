@@ -28,7 +28,7 @@ from swanlab_ray.observer.history.breakdown import breakdown, phases_table
 from swanlab_ray.observer.job.identity import fresh_run_id
 from swanlab_ray.observer.looking.render import say
 from swanlab_ray.observer.looking.watch import Watcher, rank_table
-from swanlab_ray.observer.ray_cluster.finding import NoCluster
+from swanlab_ray.observer.ray_cluster.finding import NoCluster, meant
 
 POLL_S = 0.5
 PLAIN_LINE_S = 3.0
@@ -56,7 +56,8 @@ def run_demo(settings: ObserverSettings, ranks: int, steps: int, console: Consol
     log_path = settings.log_dir / f"{run_id}.log"
     say(console, f"Training a small Llama: {ranks} ranks, {steps} steps, run {run_id}.")
     say(console, "Starting torchrun, its ranks and a Ray cluster (about 20 s) ...")
-    Agent(run_id, 1, settings.dashboard).begin()  # while torch is being imported
+    if meant(nodes=1) is None:
+        Agent(run_id, 1, settings.dashboard).begin()  # while torch is being imported
     ours = _command("swanlab-ray")
     show = f"{ours} show {shlex.quote(run_id)}{_log_dir_option(settings.log_dir)}"
     try:
