@@ -320,6 +320,18 @@ def test_ranks_of_a_job_that_is_over_are_no_members_of_the_next_one(tmp_path: Pa
     assert run.end() == ("success", None)
 
 
+def test_a_process_that_an_agent_has_seen_end_is_lost_long_before_the_timeout(tmp_path: Path) -> None:
+    """On a machine that the writer does not see. One that comes back in another life is not."""
+    run = Told(tmp_path, 3, rank_timeout=600.0)
+    for number in range(3):
+        run.welcome(number)
+    run.writer.gone(1, "a1")
+    run.writer.gone(2, "of an earlier life")
+    wait_until(lambda: run.writer.status().ranks[1].state == "lost", 30)
+    assert run.writer.status().ranks[1].error == "its process is gone (killed?)"
+    assert [run.writer.status().ranks[number].state for number in (0, 2)] == ["running", "running"]
+
+
 def test_a_script_that_connects_on_rank_0_only_has_its_end(tmp_path: Path) -> None:
     run = Told(tmp_path, 4, rank_timeout=1.0)
     run.welcome(0)
