@@ -21,7 +21,10 @@ from swanlab_ray.actors.wire.messages import Ack, Counts, Declined, Doing, Farew
 from swanlab_ray.observer.agent import starting
 from swanlab_ray.observer.agent.frames import Ingest, Opening, Stream, decoded, encoded, told
 from swanlab_ray.observer.agent.link import AgentLink
-from swanlab_ray.observer.agent.serving import serve
+from swanlab_ray.observer.agent.meeting import Meeting
+from swanlab_ray.observer.agent.onward import ToWriter
+from swanlab_ray.observer.agent.serving import Server
+from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.transport.link import Hopeless, LinkBroken, NotNow, RunOver
 from tests.conftest import Launch, SharedCluster, wait_until
 from tests.incarnations import Cluster, Link, logged_in, mortal, rank, settings_for
@@ -111,9 +114,9 @@ class InThisProcess:
         if self._listening is None:
             path = agent.directory / "socket"
             path.unlink(missing_ok=True)
-            self._listening = serve(path, self._link)
+            self._listening = Server(path, self._onward).listening
 
-    def _link(self, settings: ObserverSettings, run_id: str) -> Any:
+    def _onward(self, opening: Opening, stream: Stream) -> ToWriter:
         noted = self.gone
 
         class Noting(Link):
@@ -121,7 +124,7 @@ class InThisProcess:
                 noted.append(rank)
 
         self.links.append(Noting(self.cluster))
-        return self.links[-1]
+        return ToWriter(self.links[-1], opening, stream)
 
     def kill(self) -> None:
         """With all its connections."""
@@ -152,7 +155,8 @@ def agent(places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InTh
 
 
 def agent_link(agent: InThisProcess) -> AgentLink:
-    return AgentLink(agent.cluster.settings, agent.cluster.settings.run_id or "", nodes=1)
+    run_id = agent.cluster.settings.run_id or ""
+    return AgentLink(agent.cluster.settings, run_id, Meeting(Identity(0, 1, 0, 1), run_id))
 
 
 def test_events_arrive_once_whatever_is_killed_or_lost(agent: InThisProcess) -> None:
@@ -229,11 +233,11 @@ def test_another_user_is_not_listened_to(tmp_path_factory: pytest.TempPathFactor
     directory.chmod(0o755)
     made: list[Any] = []
 
-    def link(settings: ObserverSettings, run_id: str) -> Any:
-        made.append(run_id)
+    def onward(opening: Opening, stream: Stream) -> ToWriter:
+        made.append(opening)
         raise AssertionError
 
-    listening = serve(directory / "socket", link)
+    listening = Server(directory / "socket", onward).listening
     (directory / "socket").chmod(0o777)
     try:
         child = os.fork()

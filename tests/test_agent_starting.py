@@ -302,7 +302,7 @@ def test_an_agent_gives_up_when_nobody_waits_or_a_process_of_its_has_ended(
 def agent(places: list[Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[starting.Agent]:
     """Of a run, not started."""
     monkeypatch.setattr(starting, "_failures", {})
-    agent = starting.Agent("run", nodes=1, dashboard=False)
+    agent = starting.Agent("run", dashboard=False)
     yield agent
     agent.leave(over=False)
 

@@ -31,7 +31,7 @@ def stubborn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(script))
-    monkeypatch.setattr(demo, "meant", lambda nodes: "somewhere")
+    monkeypatch.setattr(demo, "meant", lambda: "somewhere")
     monkeypatch.setattr(demo, "END_S", 0.2)
     monkeypatch.setattr(demo, "_command", lambda name: name)  # as where the environment is activated
     return begun

@@ -9,6 +9,7 @@ from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.messages import Ack, Farewell, Goodbye, Hello, NumberedBatch, Sign
 from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.observer.agent.link import AgentLink
+from swanlab_ray.observer.agent.meeting import Meeting
 from swanlab_ray.observer.job.identity import Identity, resolve_run_id
 from swanlab_ray.observer.ray_cluster import own
 from swanlab_ray.observer.ray_cluster.addresses import NoCluster
@@ -49,7 +50,7 @@ class RankLink:
         return link.open(hello)
 
     def _through_agent(self, run_id: str) -> Link:
-        return AgentLink(self._settings, run_id, self._identity.nodes)
+        return AgentLink(self._settings, run_id, Meeting(self._identity, run_id))
 
     def _through_own(self, run_id: str) -> Link:
         def connect() -> Connection:

@@ -10,6 +10,7 @@ import select
 import socket
 import struct
 import threading
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,6 +18,7 @@ from pydantic import BaseModel, SecretStr
 
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.messages import Hello, NumberedBatch, Sign
+from swanlab_ray.observer.agent.reach import Head
 
 _LENGTH = struct.Struct(">I")
 RECEIVED_AT_ONCE = 1 << 18
@@ -38,6 +40,8 @@ class Opening(msgspec.Struct):
     run_id: str
     settings: dict[str, Any]
     """With secrets: the socket is this user's alone."""
+    head: Head | None = None
+    """Where it is to be passed on to; None: to Ray."""
 
 
 class Ingest(msgspec.Struct, array_like=True):
@@ -89,6 +93,11 @@ class Stream:
         self._poll.register(connected, select.POLLIN)
         connected.settimeout(patience)
 
+    def pass_on(self, frame: Frame) -> None:
+        """Send what another stream has received."""
+        data = _encoder.encode(frame)
+        self.send(_LENGTH.pack(len(data)) + data)
+
     def send(self, frame: bytes) -> None:
         """Raises ``OSError`` where the other side is gone, or takes nothing."""
         with self._sending:
@@ -120,5 +129,11 @@ class Stream:
         del self._received[:end]
         return msgspec.msgpack.decode(data, type=Frame)
 
+    def shut(self) -> None:
+        """End the connection for both sides, whoever waits on it."""
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
+        self.shut()
         self.socket.close()

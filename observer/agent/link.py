@@ -11,6 +11,8 @@ from swanlab_ray.actors.wire.messages import Ack, Farewell, Goodbye, Hello, Numb
 from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.observer.agent import starting
 from swanlab_ray.observer.agent.frames import Frame, Ingest, Opening, Stream, decoded, encoded, told
+from swanlab_ray.observer.agent.meeting import Meeting
+from swanlab_ray.observer.agent.reach import Head
 from swanlab_ray.observer.ray_cluster.addresses import NoCluster
 from swanlab_ray.observer.transport.link import CALL_DEADLINE_S, Hopeless, LinkBroken, NotNow, RunOver
 
@@ -29,12 +31,12 @@ class AgentLink:
     Args:
         settings: of the run.
         run_id: of the run.
-        nodes: machines of the job.
+        meeting: of its ranks, where they are on several machines.
     """
 
-    def __init__(self, settings: ObserverSettings, run_id: str, nodes: int) -> None:
+    def __init__(self, settings: ObserverSettings, run_id: str, meeting: Meeting) -> None:
         self._settings = settings
-        self._nodes = nodes
+        self._meeting = meeting
         self._agent: starting.Agent | None = None
         self._stream: Stream | None = None
         self._calls = 0
@@ -46,11 +48,14 @@ class AgentLink:
     def open(self, hello: Hello) -> Ack:
         self._disconnect()
         try:
-            agent = self._agent = self._agent or starting.Agent(self._run_id, self._nodes, self._settings.dashboard)
+            agent = self._agent = self._agent or starting.Agent(self._run_id, self._settings.dashboard)
             self._stream = Stream(agent.connect(lambda: self.deadline), CALL_DEADLINE_S)
+            head = self._meeting.head(self._reach, lambda: self.deadline)
+        except LinkBroken:
+            raise
         except OSError as error:  # no cluster, no more descriptors, a full disk
             raise LinkBroken(str(error)) from error
-        number = self._call("open", Opening(hello, self._run_id, told(self._settings)))
+        number = self._call("open", Opening(hello, self._run_id, told(self._settings), head))
         began = time.monotonic()
         while (answer := self._answer(number, Ack, POLL_S)) is None:
             try:
@@ -61,6 +66,12 @@ class AgentLink:
                 raise LinkBroken(f"The Ray cluster of this run had not started yet: see {agent.log}.")
         agent.works()
         return answer
+
+    def _reach(self) -> Head:
+        head = self._answer(self._call("reach", None), Head, CALL_DEADLINE_S)
+        if head is None:
+            raise LinkBroken("the agent of this machine does not answer")
+        return head
 
     def ingest(self, sign: Sign, batch: NumberedBatch | None) -> int:
         return self._call("ingest", Ingest(sign, batch))

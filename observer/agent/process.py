@@ -1,8 +1,8 @@
 """The agent: the one process of a machine that speaks to Ray for its ranks.
 
-Started by a rank as ``python -m swanlab_ray.observer.agent.process --nodes=N [--no-dashboard] DIRECTORY``. It is a
-process of its own so that it outlives the rank that happened to start it, even one that is killed. It ends when no rank
-and no writer of its cluster lives any more.
+Started by a rank as ``python -m swanlab_ray.observer.agent.process [--no-dashboard] DIRECTORY``. It is a process of its
+own so that it outlives the rank that happened to start it, even one that is killed. It finds or starts Ray when a rank
+asks for that, and ends when no rank and no writer of its cluster lives any more.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 
+from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.locks import hold_lock, nobody_holds
 from swanlab_ray.observer.agent import directories
+from swanlab_ray.observer.agent.frames import Opening, Stream
+from swanlab_ray.observer.agent.onward import ToHead, ToWriter, Unstarted
 from swanlab_ray.observer.agent.private import Cluster
-from swanlab_ray.observer.agent.serving import Unstarted, serve
+from swanlab_ray.observer.agent.serving import Onward, Server
 from swanlab_ray.observer.ray_cluster import finding
 from swanlab_ray.observer.ray_cluster.addresses import NoCluster
 from swanlab_ray.observer.ray_cluster.link import Connection, RayLink
@@ -40,20 +43,18 @@ class Agent:
     Args:
         directory: of this agent.
         lock: descriptor of ``directory/agent``.
-        nodes: machines of the job.
         dashboard: whether a cluster that it starts has one.
     """
 
-    def __init__(self, directory: Path, lock: int, nodes: int, dashboard: bool) -> None:
+    def __init__(self, directory: Path, lock: int, dashboard: bool) -> None:
         self._directory = directory
         self._lock = lock
         self._dashboard = dashboard
+        self._links: dict[str, RayLink] = {}  # by the life of a rank, which may come back over another socket
         self._cluster: Cluster | None = None
-        self._nodes = nodes
         self._asking = threading.Lock()
         self._connection: Future[Connection] = Future()
         self._wanted = threading.Event()
-        self._wanted.set()
 
     def connect(self) -> Connection:
         """The connection to Ray; called on the ranks' threads.
@@ -70,7 +71,7 @@ class Agent:
     def run(self) -> None:
         """Until nobody needs it any more."""
         directories.sweep(self._directory.parent)
-        serve(self._directory / "socket", lambda settings, run_id: RayLink(settings, run_id, self.connect))
+        self._server = Server(self._directory / "socket", self._onward)
         while True:
             self._wait_until_unused()
             # Nobody finds it any more under its name; then nobody can have come in between.
@@ -83,6 +84,14 @@ class Agent:
             shutil.rmtree(ended, ignore_errors=True)
         if self._cluster is not None:
             self._cluster.remove()
+
+    def _onward(self, opening: Opening, stream: Stream) -> Onward:
+        if opening.head is not None:
+            return ToHead(opening.head, stream)
+        life = opening.hello.life
+        if life not in self._links:
+            self._links[life] = RayLink(ObserverSettings(**opening.settings), opening.run_id, self.connect)
+        return ToWriter(self._links[life], opening, stream)
 
     def _wait_until_unused(self) -> None:
         unused_since: float | None = None
@@ -117,7 +126,7 @@ class Agent:
             connection.set_exception(error)
 
     def _join_or_start(self) -> Connection:
-        address = finding.meant(self._nodes)
+        address = finding.meant()
         if address is not None:
             finding.join(address, f"swanlab-ray agent on {os.uname().nodename}")
             self._publish(address, None)
@@ -161,7 +170,6 @@ class Agent:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--no-dashboard", dest="dashboard", action="store_false")
     parser.add_argument("directory", type=Path)
     given = parser.parse_args()
@@ -176,7 +184,7 @@ def main() -> None:
         os.chdir(directory.parent)
     lock = hold_lock(str(directory / "agent"))
     os.utime(directory / "agent")  # when this began
-    Agent(directory, lock, given.nodes, given.dashboard).run()
+    Agent(directory, lock, given.dashboard).run()
 
 
 if __name__ == "__main__":

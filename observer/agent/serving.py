@@ -1,4 +1,4 @@
-"""What the agent does for the ranks of its machine: it passes on what they say to the writer, and what that answers.
+"""What the agent does for the ranks of its machine: it listens, and passes on what they say and what is answered.
 
 It owns nothing: what is not acknowledged its rank sends again, through another agent if need be.
 """
@@ -6,7 +6,6 @@ It owns nothing: what is not acknowledged its rank sends again, through another 
 from __future__ import annotations
 
 import os
-import queue
 import select
 import socket
 import struct
@@ -15,107 +14,127 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.messages import Goodbye, Hello
-from swanlab_ray.observer.agent.frames import Frame, Ingest, Opening, Stream, decoded, encoded
-from swanlab_ray.observer.agent.starting import UNSTARTED
-from swanlab_ray.observer.transport.link import CALL_DEADLINE_S, Link, LinkBroken
+from swanlab_ray.observer.agent import reach
+from swanlab_ray.observer.agent.frames import Frame, Opening, Stream, decoded, encoded
+from swanlab_ray.observer.transport.link import CALL_DEADLINE_S
 
-ANSWER_S = 1.0
-"""How long one look for an answer of the writer takes."""
+AGAIN_S = 1.0
+"""Pause where no connection can be taken, such as without descriptors."""
 EXIT_S = 1.0
 """How long a process is waited for that has closed its connection, to tell one that ends from one that only leaves."""
 PEER = struct.Struct("3i")
 """``struct ucred``: process, user, group."""
 
 
-class Unstarted(Exception):
-    """Ray could not be started, and this process ends."""
+class Onward(Protocol):
+    """The way on from here: to the writer over Ray, or to the agent of rank 0's machine."""
+
+    def hear(self, frame: Frame) -> None:
+        """Pass on a call; its answer goes to the stream whenever it comes."""
+
+    def tell_gone(self) -> None:
+        """The process of the rank has ended without a goodbye that was answered."""
+
+    def close(self) -> None:
+        """The rank has left."""
 
 
-class WriterLink(Link, Protocol):
-    """A rank's connection to its writer."""
-
-    def tell_gone(self, rank: int, life: str) -> None:
-        """Tell the writer that a rank's process has ended."""
+MakeOnward = Callable[[Opening, Stream], Onward]
+"""Makes one, given a rank's first call and the stream that takes the answers."""
 
 
-MakeLink = Callable[[ObserverSettings, str], WriterLink]
-"""Makes one, given the settings of a run and its id. To open it may raise :class:`Unstarted` as well."""
+class Server:
+    """Holds a conversation with each rank, on threads of their own.
 
+    Args:
+        path: where it listens.
+        make_onward: makes the way on for each.
+    """
 
-def serve(path: Path, make_link: MakeLink) -> socket.socket:
-    """Listen there, and hold a conversation with each rank, on threads of their own. Returns what it listens with."""
-    links: dict[str, WriterLink] = {}  # by the life of a rank, which may come back over another socket
+    def __init__(self, path: Path, make_onward: MakeOnward) -> None:
+        self._make_onward = make_onward
+        self._reaching = threading.Lock()
+        self._head: reach.Head | None = None
+        self.listening = socket.socket(socket.AF_UNIX)
+        self.listening.bind(str(path))
+        self.listening.listen(128)
+        self._begin(self.listening, self._converse_here)
 
-    def link_for(opening: Opening) -> WriterLink:
-        return links.setdefault(opening.hello.life, make_link(ObserverSettings(**opening.settings), opening.run_id))
+    def reachable(self) -> reach.Head:
+        """Listen to the agents of other machines as well, from now on; returns where.
 
-    listening = socket.socket(socket.AF_UNIX)
-    listening.bind(str(path))
-    listening.listen(128)
+        Raises:
+            OSError: no port is free.
+        """
+        with self._reaching:
+            if self._head is None:
+                listening, token = reach.listen()
+                self._begin(listening, lambda one: self._converse_afar(one, token))
+                self._head = reach.Head(reach.addresses(listening.getsockname()[1]), token)
+            return self._head
 
-    def work() -> None:
-        while True:
-            try:
-                connected, _ = listening.accept()
-            except OSError:  # no more descriptors, or closed
-                if listening.fileno() < 0:
-                    return
-                time.sleep(ANSWER_S)
-                continue
-            pid, user, _ = PEER.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
-            if user == os.getuid():
-                threading.Thread(target=Conversation(connected, pid, link_for).run, name="rank", daemon=True).start()
-            else:
-                connected.close()
+    def _begin(self, listening: socket.socket, converse: Callable[[socket.socket], None]) -> None:
+        def work() -> None:
+            while listening.fileno() >= 0:
+                try:
+                    one, _ = listening.accept()
+                    threading.Thread(target=converse, args=(one,), name="rank", daemon=True).start()
+                except (OSError, RuntimeError):  # no more descriptors or threads, or closed
+                    time.sleep(AGAIN_S)
 
-    threading.Thread(target=work, name="listening", daemon=True).start()
-    return listening
+        threading.Thread(target=work, name="listening", daemon=True).start()
+
+    def _converse_here(self, one: socket.socket) -> None:
+        pid, user, _ = PEER.unpack(one.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
+        if user != os.getuid():
+            one.close()
+            return
+        Conversation(one, Exit(pid), self._make_onward, self.reachable).run()
+
+    def _converse_afar(self, one: socket.socket, token: str) -> None:
+        if reach.accepted(one, token):
+            Conversation(one, Exit(None), self._make_onward, self.reachable).run()
 
 
 class Conversation:
-    """With one process of the training."""
+    """With one process of the training, or with the agent of its machine.
 
-    def __init__(self, connected: socket.socket, pid: int, link_for: Callable[[Opening], WriterLink]) -> None:
-        self._stream = Stream(connected, CALL_DEADLINE_S)
-        self._process = Exit(pid)
-        self._link_for = link_for
-        self._link: WriterLink | None = None
-        self._hello: Hello | None = None
-        self._left = False
-        self._over = threading.Event()
-        self._asked: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
+    Args:
+        process: of the training, where it is on this machine.
+        make_onward: makes the way on.
+        reachable: lets other machines reach this one.
+    """
+
+    def __init__(
+        self, one: socket.socket, process: Exit, make_onward: MakeOnward, reachable: Callable[[], reach.Head]
+    ) -> None:
+        self._stream = Stream(one, CALL_DEADLINE_S)
+        self._process = process
+        self._make_onward = make_onward
+        self._reachable = reachable
+        self._onward: Onward | None = None
 
     def run(self) -> None:
         """Until the other side has gone."""
-        answering = threading.Thread(target=self._answer_batches, name="answers", daemon=True)
-        answering.start()
         try:
             while (frame := self._next()) is not None:
                 self._hear(frame)
         except (OSError, EOFError):
             pass
-        finally:
-            self._over.set()
-            self._asked.put(None)
-            answering.join()
-            self._stream.close()
-            if not self._left and self._process.ended_within(EXIT_S):
-                self._tell_gone()
-            self._process.close()
-
-    def _tell_gone(self) -> None:
-        if self._link is not None and self._hello is not None:
-            with suppress(LinkBroken):
-                self._link.tell_gone(self._hello.rank, self._hello.life)
+        self._stream.close()
+        if self._onward is not None:
+            with suppress(Exception):
+                if self._process.ended_within(EXIT_S):
+                    self._onward.tell_gone()
+            self._onward.close()
+        self._process.close()
 
     def _next(self) -> Frame | None:
-        """What the rank says next; None once its process has ended, whose forks may hold the socket still."""
+        """What is said next; None once the process has ended, whose forks may hold the socket still."""
         while True:
-            over = self._process.is_over()
+            over = self._process.ended_within(0.0)
             frame = self._stream.receive(0.0)
             if frame is not None or over:
                 return frame
@@ -123,66 +142,36 @@ class Conversation:
 
     def _hear(self, frame: Frame) -> None:
         try:
-            if frame.what == "open":
-                self._answer(frame.number, self._open(decoded(frame.body, Opening)))
+            if frame.what == "reach":
+                self._stream.send(encoded(frame.number, "", self._reachable()))
                 return
-            if self._link is None:
-                raise LinkBroken("not connected")
-            if frame.what == "ingest":
-                said = decoded(frame.body, Ingest)
-                self._asked.put((frame.number, self._link.ingest(said.sign, said.batch)))
-            elif frame.what == "goodbye":
-                self._answer(frame.number, self._link.goodbye(decoded(frame.body, Goodbye), CALL_DEADLINE_S))
-                self._left = True
-            elif frame.what == "status":
-                self._answer(frame.number, self._link.status(CALL_DEADLINE_S))
+            if self._onward is None:
+                self._onward = self._make_onward(decoded(frame.body, Opening), self._stream)
+            if frame.what == "gone":
+                self._onward.tell_gone()
+            else:
+                self._onward.hear(frame)
         except Exception as error:
-            self._fail(frame.number, error)
-
-    def _open(self, opening: Opening) -> Any:
-        self._link = self._link_for(opening)
-        self._hello, self._left = opening.hello, False
-        return self._link.open(opening.hello)
-
-    def _answer_batches(self) -> None:
-        """In their order, each when the writer has answered it."""
-        while (asked := self._asked.get()) is not None:
-            number, reference = asked
-            try:
-                while not self._over.is_set():
-                    assert self._link is not None
-                    answer = self._link.acknowledged(reference, ANSWER_S)
-                    if answer is not None:
-                        self._answer(number, answer)
-                        break
-            except Exception as error:
-                with suppress(OSError):
-                    self._fail(number, error)
-
-    def _answer(self, number: int, answer: Any) -> None:
-        self._stream.send(encoded(number, "", answer))
-
-    def _fail(self, number: int, error: Exception) -> None:
-        kind = UNSTARTED if isinstance(error, Unstarted) else type(error).__name__
-        self._stream.send(encoded(number, kind, str(error)))
+            self._stream.send(encoded(frame.number, type(error).__name__, str(error)))
 
 
 class Exit:
-    """Whether a process has ended; where it is in another container nobody knows before its connection is closed."""
+    """The end of a process; where it is in another container nobody knows before its connection is closed.
 
-    def __init__(self, pid: int) -> None:
+    Args:
+        pid: its id; None where it is on another machine.
+    """
+
+    def __init__(self, pid: int | None) -> None:
         self._descriptor: int | None = None
         self._poll = select.poll()
-        with suppress(OSError):
-            self._descriptor = os.pidfd_open(pid)
-            self._poll.register(self._descriptor, select.POLLIN)
-
-    def is_over(self) -> bool:
-        """Whether it is known to have ended."""
-        return self.ended_within(0.0)
+        if pid:
+            with suppress(OSError):
+                self._descriptor = os.pidfd_open(pid)
+                self._poll.register(self._descriptor, select.POLLIN)
 
     def ended_within(self, seconds: float) -> bool:
-        """Its connection is closed a little before it has ended."""
+        """Whether it is known to have ended by then. Its connection is closed a little before."""
         return self._descriptor is not None and bool(self._poll.poll(seconds * 1000))
 
     def wait(self, connected: socket.socket) -> None:

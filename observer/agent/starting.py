@@ -59,16 +59,15 @@ class Agent:
 
     Args:
         run_id: of the run.
-        nodes: machines of the job.
         dashboard: whether a cluster that it starts has one.
 
     Raises:
         NoCluster: it has no place on this machine.
     """
 
-    def __init__(self, run_id: str, nodes: int, dashboard: bool) -> None:
+    def __init__(self, run_id: str, dashboard: bool) -> None:
         self.directory = directories.directory_for(run_id)
-        self._options = [f"--nodes={nodes}", *([] if dashboard else ["--no-dashboard"])]
+        self._options = [] if dashboard else ["--no-dashboard"]
         self._stopped_since: float | None = None
 
     @property
@@ -226,7 +225,7 @@ def _lives(child: int) -> bool:
 
 def _environment() -> dict[str, str]:
     """The rank's environment without what tells it that it is a rank, and without its GPUs."""
-    ranks_own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    ranks_own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
     # A library's warning would end the agent, and the writer, which are nobody's to debug.
     debugging = (
         "PYTHONOPTIMIZE",
@@ -239,9 +238,12 @@ def _environment() -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in ranks_own
-        and name not in debugging
-        and not name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_", "OMP_", "SWANLAB_", "OBSERVER_", "RAY_JOB_"))
+        if name == "OBSERVER_PORTS"
+        or (
+            name not in ranks_own
+            and name not in debugging
+            and not name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_", "OMP_", "SWANLAB_", "OBSERVER_", "RAY_JOB_"))
+        )
     }
     return kept | {"CUDA_VISIBLE_DEVICES": ""}
 

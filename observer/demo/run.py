@@ -56,8 +56,8 @@ def run_demo(settings: ObserverSettings, ranks: int, steps: int, console: Consol
     log_path = settings.log_dir / f"{run_id}.log"
     say(console, f"Training a small Llama: {ranks} ranks, {steps} steps, run {run_id}.")
     say(console, "Starting torchrun, its ranks and a Ray cluster (about 20 s) ...")
-    if meant(nodes=1) is None:
-        Agent(run_id, 1, settings.dashboard).begin()  # while torch is being imported
+    if meant() is None:
+        Agent(run_id, settings.dashboard).begin()  # while torch is being imported
     ours = _command("swanlab-ray")
     show = f"{ours} show {shlex.quote(run_id)}{_log_dir_option(settings.log_dir)}"
     try:

@@ -314,6 +314,13 @@ def _agent_store(host: str, port: int, **options: Any) -> Any:
     return TCPStore(host, port, is_master=False, wait_for_workers=False, **options)
 
 
+def shared_store(env: Mapping[str, str] = os.environ) -> Any:
+    """A store that all ranks of the job have: of torchrun's agent, or of torch.distributed; None where there is none
+    yet."""
+    address = _agent_store_address(env)
+    return _agent_store(*address, timeout=timedelta(seconds=STORE_TIMEOUT_S)) if address else default_store()
+
+
 def _agree(store: Any, proposal: str) -> str:
     """The first proposal that reached the store. No collective: each rank asks for itself."""
     agreed = bytes(store.compare_set("swanlab-ray/run-id", "", proposal)).decode(errors="replace")

@@ -22,11 +22,8 @@ from swanlab_ray.observer.script.notices import warn_once
 WATCHER = "swanlab-ray watcher"
 
 
-def meant(nodes: int) -> str | None:
+def meant() -> str | None:
     """Address of the cluster that this job is to report to; None: it is to start one of its own.
-
-    Args:
-        nodes: machines of the job; a cluster of its own serves one machine only.
 
     Raises:
         NoCluster: none can be reached.
@@ -34,22 +31,11 @@ def meant(nodes: int) -> str | None:
     if importlib.util.find_spec("ray") is None:
         raise NoCluster("Ray is not installed: pip install 'ray>=2.50'.")
     address = running_address()
-    if address:
-        wrong = _speaks_no_ray(address)
-        if wrong is None:
-            return address
-        if nodes > 1:
-            raise NoCluster(f"{wrong}: set RAY_ADDRESS to the HOST:6379 of this job's Ray cluster.")
-        warn_once("no ray there", f"{wrong}; this run gets a cluster of its own on this machine.")
-    if nodes > 1:
-        given = os.environ.get("RAY_ADDRESS")
-        wrong = given and names_no_cluster(given)
-        reason = f" RAY_ADDRESS={given!r} names none: {wrong}." if wrong else ""
-        raise NoCluster(
-            f"No Ray cluster is reachable and the job runs on {nodes} machines: start one (ray start --head, and "
-            f"ray start --address=HEAD:6379 on the others) and set RAY_ADDRESS=HEAD:6379 on every rank.{reason}"
-        )
-    return None
+    wrong = address and _speaks_no_ray(address)
+    if wrong:
+        warn_once("no ray there", f"{wrong}; this run gets a cluster of its own.")
+        return None
+    return address
 
 
 def _speaks_no_ray(address: str) -> str | None:
