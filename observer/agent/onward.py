@@ -92,13 +92,15 @@ class ToHead:
 
     Args:
         head: where that listens.
+        opening: the rank's first call.
         stream: takes the answers.
 
     Raises:
         OSError: it cannot be reached.
     """
 
-    def __init__(self, head: reach.Head, stream: Stream) -> None:
+    def __init__(self, head: reach.Head, opening: Opening, stream: Stream) -> None:
+        self._opening = opening
         self._stream = stream
         self._head = Stream(reach.connect(head), CALL_DEADLINE_S)
         self._goodbye: int | None = None
@@ -106,6 +108,10 @@ class ToHead:
         threading.Thread(target=self._pass_back, name="answers", daemon=True).start()
 
     def hear(self, frame: Frame) -> None:
+        if frame.what == "open":
+            self._opening.head = None  # it is there
+            self._head.send(encoded(frame.number, "open", self._opening))
+            return
         if frame.what == "goodbye":
             self._goodbye = frame.number
         self._head.pass_on(frame)

@@ -87,7 +87,7 @@ class Agent:
 
     def _onward(self, opening: Opening, stream: Stream) -> Onward:
         if opening.head is not None:
-            return ToHead(opening.head, stream)
+            return ToHead(opening.head, opening, stream)
         life = opening.hello.life
         if life not in self._links:
             self._links[life] = RayLink(ObserverSettings(**opening.settings), opening.run_id, self.connect)
