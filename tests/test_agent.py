@@ -116,15 +116,16 @@ class InThisProcess:
             path.unlink(missing_ok=True)
             self._listening = Server(path, self._onward).listening
 
-    def _onward(self, opening: Opening, stream: Stream) -> ToWriter:
+    def _onward(self, opening: Opening, stream: Stream, afar: bool) -> ToWriter:
         noted = self.gone
 
         class Noting(Link):
             def tell_gone(self, rank: int, life: str) -> None:
                 noted.append(rank)
 
-        self.links.append(Noting(self.cluster))
-        return ToWriter(self.links[-1], opening, stream)
+        link = Noting(self.cluster)
+        self.links.append(link)
+        return ToWriter(link, opening, stream)
 
     def kill(self) -> None:
         """With all its connections."""
@@ -233,7 +234,7 @@ def test_another_user_is_not_listened_to(tmp_path_factory: pytest.TempPathFactor
     directory.chmod(0o755)
     made: list[Any] = []
 
-    def onward(opening: Opening, stream: Stream) -> ToWriter:
+    def onward(opening: Opening, stream: Stream, afar: bool) -> ToWriter:
         made.append(opening)
         raise AssertionError
 

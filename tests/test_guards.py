@@ -212,18 +212,7 @@ def test_ray_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(cluster.NoCluster, match=r"^Ray is not installed: pip install 'ray>=2.50'\.$"):
-        cluster.meant(nodes=1)
-
-
-def test_several_machines_without_a_cluster_are_told_what_to_start(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from swanlab_ray.observer.ray_cluster import finding as cluster
-
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(cluster.NoCluster, match=r"the job runs on 2 machines: start one \(ray start --head"):
-        cluster.meant(nodes=2)
+        cluster.meant()
 
 
 @pytest.mark.parametrize("closed", ["2", "1, 2", "0, 1, 2"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -35,9 +36,13 @@ class ToWriter:
         link: of the rank to the writer; to open it may raise :class:`Unstarted` as well.
         opening: the rank's first call.
         stream: takes the answers.
+        welcomed: told that the writer has welcomed it.
     """
 
-    def __init__(self, link: WriterLink, opening: Opening, stream: Stream) -> None:
+    def __init__(
+        self, link: WriterLink, opening: Opening, stream: Stream, welcomed: Callable[[], None] = lambda: None
+    ) -> None:
+        self._welcomed = welcomed
         self._link = link
         self._opening = opening
         self._stream = stream
@@ -49,7 +54,9 @@ class ToWriter:
     def hear(self, frame: Frame) -> None:
         try:
             if frame.what == "open":
-                self._answer(frame.number, self._link.open(self._opening.hello))
+                welcome = self._link.open(self._opening.hello)
+                self._welcomed()
+                self._answer(frame.number, welcome)
             elif frame.what == "ingest":
                 said = decoded(frame.body, Ingest)
                 self._asked.put((frame.number, self._link.ingest(said.sign, said.batch)))

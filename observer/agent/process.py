@@ -34,6 +34,8 @@ GRACE_S = 4.0
 """The lock may be free this long: a restarted writer needs about two seconds."""
 POLL_S = 0.5
 TOUCH_S = 600.0
+OPENED_S = 30.0
+"""How long ranks of other machines wait for one of this machine to be welcomed first."""
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
 
@@ -51,6 +53,7 @@ class Agent:
         self._lock = lock
         self._dashboard = dashboard
         self._links: dict[str, RayLink] = {}  # by the life of a rank, which may come back over another socket
+        self._opened = threading.Event()
         self._cluster: Cluster | None = None
         self._asking = threading.Lock()
         self._connection: Future[Connection] = Future()
@@ -85,13 +88,15 @@ class Agent:
         if self._cluster is not None:
             self._cluster.remove()
 
-    def _onward(self, opening: Opening, stream: Stream) -> Onward:
+    def _onward(self, opening: Opening, stream: Stream, afar: bool) -> Onward:
         if opening.head is not None:
             return ToHead(opening.head, opening, stream)
+        if afar:  # the run goes by the settings of rank 0's machine, where it lies
+            self._opened.wait(OPENED_S)
         life = opening.hello.life
         if life not in self._links:
             self._links[life] = RayLink(ObserverSettings(**opening.settings), opening.run_id, self.connect)
-        return ToWriter(self._links[life], opening, stream)
+        return ToWriter(self._links[life], opening, stream, self._opened.set)
 
     def _wait_until_unused(self) -> None:
         unused_since: float | None = None

@@ -41,8 +41,8 @@ class Onward(Protocol):
         """The rank has left."""
 
 
-MakeOnward = Callable[[Opening, Stream], Onward]
-"""Makes one, given a rank's first call and the stream that takes the answers."""
+MakeOnward = Callable[[Opening, Stream, bool], Onward]
+"""Makes one, given a rank's first call, the stream that takes the answers, and whether it is on another machine."""
 
 
 class Server:
@@ -146,7 +146,7 @@ class Conversation:
                 self._stream.send(encoded(frame.number, "", self._reachable()))
                 return
             if self._onward is None:
-                self._onward = self._make_onward(decoded(frame.body, Opening), self._stream)
+                self._onward = self._make_onward(decoded(frame.body, Opening), self._stream, self._process.afar)
             if frame.what == "gone":
                 self._onward.tell_gone()
             else:
@@ -163,6 +163,7 @@ class Exit:
     """
 
     def __init__(self, pid: int | None) -> None:
+        self.afar = pid is None
         self._descriptor: int | None = None
         self._poll = select.poll()
         if pid:

@@ -1,0 +1,205 @@
+"""Jobs on several machines that share nothing but a network, started as people start them, without Ray anywhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from swanlab_ray.actors.journal.records import Ended
+from swanlab_ray.actors.runs.finding import RunFiles, find_runs
+from swanlab_ray.actors.runs.merging import merged
+from swanlab_ray.observer.agent import starting
+from tests.conftest import job_environment, wait_until
+from tests.hosts import Hosts
+from tests.incarnations import logged_in
+from tests.swanlab_file import ended_run
+
+JOB = """
+    import os, sys, time
+    from contextlib import suppress
+from pathlib import Path
+    import torch.distributed as dist
+    from swanlab_ray.observer import connect
+
+    observer = connect()
+    dist.init_process_group("gloo")
+    for step in range(30):
+        observer.log({"loss": step + observer.rank}, step)
+        if step == 10 and "WAIT" in os.environ:
+            assert observer.flush(300)
+            Path(os.environ["WAIT"], f"ready{observer.rank}").touch()
+            while not Path(os.environ["WAIT"], "go").exists():
+                time.sleep(0.01)
+    if "ALONE" not in os.environ:
+        dist.barrier()
+    print("finished", observer.finish(), "ray" in sys.modules, observer.statistics(), flush=True)
+"""
+
+
+class Job:
+    """Two ranks on each of two hosts, under torchrun."""
+
+    def __init__(self, hosts: Hosts, directory: Path, **env: str) -> None:
+        self.hosts = hosts
+        self.directory = directory
+        script = directory / "job.py"
+        script.write_text(textwrap.dedent(JOB))
+        self.places = [directory / f"disk{number}" for number in range(2)]  # no disk is shared
+        for number, place in enumerate(self.places):
+            place.mkdir()
+            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
+            command += [
+                f"--node_rank={number}",
+                f"--master_addr={hosts.address(0)}",
+                "--master_port=29500",
+                str(script),
+            ]
+            given = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "RAY_TMPDIR": str(place)}
+            hosts.start(number, command, place, self.output(number), job_environment(given | env))
+
+    def output(self, number: int) -> Path:
+        return self.directory / f"output{number}.txt"
+
+    def said(self) -> str:
+        return "".join(self.output(number).read_text() for number in range(2))
+
+    def wait_over(self) -> None:
+        """Until nothing is left on any machine: no process, and no file where agents live."""
+        wait_until(lambda: not any(self.hosts.processes(number) for number in range(2)), 240, "all processes are over")
+
+    def end_torchrun(self, number: int) -> None:
+        """It waits for that of the other machine, for minutes."""
+        for pid in self.hosts.processes(number):
+            with suppress(OSError):
+                if b"torch.distributed.run" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGTERM)
+
+    def events(self) -> list[tuple[int, int]]:
+        """Rank and step of each, from the journal on rank 0's machine."""
+        (run,) = find_runs([self.places[0] / "swanlog"])
+        return sorted((number, step) for number, step, _ in logged_in(run))
+
+
+CUT_S = 3.0
+"""How long a network is away."""
+EVERYTHING = [(rank, step) for rank in range(4) for step in range(30)]
+FINISHED = r"finished True False .*logged=30, acknowledged=30, spooled=0, dropped=\{\}"
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    hosts = Hosts(2)
+    yield hosts
+    hosts.end()
+
+
+def agents(hosts: Hosts, number: int) -> list[int]:
+    found = []
+    for pid in hosts.processes(number):
+        try:
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if starting.AGENT.encode() in arguments:
+            found.append(pid)
+    return found
+
+
+def ends(run: RunFiles) -> str:
+    """How lives of ranks have ended, as the journal says."""
+    return " ".join(str(entry.error) for entry in merged(run) if isinstance(entry, Ended))
+
+
+@pytest.mark.takes(30)
+def test_two_machines_without_ray_are_one_run(hosts: Hosts, tmp_path: Path) -> None:
+    """And leave nothing behind: no flag, no shared disk."""
+    job = Job(hosts, tmp_path, OBSERVER_PORTS="20000-20010")
+    job.wait_over()
+    assert len(re.findall(FINISHED, job.said())) == 4, job.said()
+    assert job.events() == EVERYTHING
+    run = ended_run(job.places[0] / "swanlog")
+    assert run.state == "finished"
+    assert run.scalars["ranks/loss/mean"] == {step: step + 1.5 for step in range(30)}
+    assert not (job.places[1] / "swanlog").exists()
+
+
+@pytest.mark.takes(30)
+def test_a_killed_agent_or_rank_and_a_network_that_is_cut(hosts: Hosts, tmp_path: Path) -> None:
+    """Cost nothing, but what the killed rank had not sent; and that it was killed is told at once, on every machine."""
+    wait = tmp_path / "wait"
+    wait.mkdir()
+    job = Job(hosts, tmp_path, WAIT=str(wait), ALONE="1", OBSERVER_RANK_TIMEOUT="600")
+    wait_until(lambda: len(list(wait.glob("ready*"))) == 4, 180, "all ranks have reported")
+    (agent,) = agents(hosts, 1)
+    subprocess.run(["kill", "-9", str(agent)], check=True)
+    hosts.cut(1)
+    (wait / "go").touch()
+    threading.Event().wait(CUT_S)
+    hosts.mend(1)
+    job.wait_over()
+    assert len(re.findall(FINISHED, job.said())) == 4, job.said()
+    assert job.events() == EVERYTHING
+
+
+@pytest.mark.takes(30)
+def test_a_rank_that_is_killed_on_another_machine_is_told_within_seconds(hosts: Hosts, tmp_path: Path) -> None:
+    """The writer does not see that machine's processes; its agent does."""
+    wait = tmp_path / "wait"
+    wait.mkdir()
+    job = Job(hosts, tmp_path, WAIT=str(wait), ALONE="1", OBSERVER_RANK_TIMEOUT="600")
+    wait_until(lambda: len(list(wait.glob("ready*"))) == 4, 180, "all ranks have reported")
+    (victim,) = [pid for pid in hosts.processes(1) if b"\0RANK=3\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    subprocess.run(["kill", "-9", str(victim)], check=True)
+    (run,) = find_runs([job.places[0] / "swanlog"])
+    wait_until(lambda: "its process is gone (killed?)" in ends(run), 60, "its end is in the journal")
+    (wait / "go").touch()
+    assert ended_run(job.places[0] / "swanlog").state == "crashed"
+    job.end_torchrun(0)
+    job.wait_over()
+    assert sorted(logged_in(run))[-1][0] == 3
+
+
+@pytest.mark.takes(40)
+def test_a_machine_that_is_gone_takes_only_its_ranks_with_it(hosts: Hosts, tmp_path: Path) -> None:
+    wait = tmp_path / "wait"
+    wait.mkdir()
+    job = Job(hosts, tmp_path, WAIT=str(wait), ALONE="1", OBSERVER_RANK_TIMEOUT="2")
+    wait_until(lambda: len(list(wait.glob("ready*"))) == 4, 180, "all ranks have reported")
+    hosts.kill(1)
+    (run,) = find_runs([job.places[0] / "swanlog"])
+    wait_until(lambda: "no sign of life" in ends(run), 120, "its ranks are lost")
+    (wait / "go").touch()
+    wait_until(lambda: job.said().count("finished True") == 2, 120, "the others have finished")
+    job.end_torchrun(0)
+    job.wait_over()
+    there = job.events()
+    assert [event for event in there if event[0] < 2] == EVERYTHING[:60]
+    assert [event for event in there if event[0] >= 2] == [(rank, step) for rank in (2, 3) for step in range(11)]
+
+
+@pytest.mark.takes(40)
+def test_the_machine_of_the_head_is_gone(hosts: Hosts, tmp_path: Path) -> None:
+    """What was acknowledged is on its disk; what came later the others have put on theirs."""
+    wait = tmp_path / "wait"
+    wait.mkdir()
+    job = Job(hosts, tmp_path, WAIT=str(wait), ALONE="1")
+    wait_until(lambda: len(list(wait.glob("ready*"))) == 4, 180, "all ranks have reported")
+    hosts.kill(0)
+    (wait / "go").touch()
+    wait_until(lambda: job.said().count("finished False") == 2, 120, "the others have finished")
+    job.end_torchrun(1)
+    job.wait_over()
+    (run,) = find_runs([place / "swanlog" for place in job.places])
+    there = sorted((number, step) for number, step, _ in logged_in(run))
+    assert [event for event in there if event[0] < 2] == [(rank, step) for rank in (0, 1) for step in range(11)]
+    assert [event for event in there if event[0] >= 2] == EVERYTHING[60:]
