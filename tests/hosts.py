@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from swanlab_ray.observer.agent import directories
+from swanlab_ray.observer.ray_cluster import directories
 from tests.conftest import wait_until
 
 # Each host has its own root for agents, as each machine has its own /tmp; nobody is asked for names. Process 1 reaps.

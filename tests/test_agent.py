@@ -94,8 +94,8 @@ def test_settings_arrive_with_their_secrets(tmp_path: Path) -> None:
 def places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A root of agents' directories, instead of this machine's."""
     root = Path(os.path.realpath(tmp_path_factory.mktemp("a"))) / "ours"
-    monkeypatch.setattr("swanlab_ray.observer.agent.directories.roots", lambda: [root])
-    monkeypatch.setattr("swanlab_ray.observer.agent.directories.SOCKET_PATH_BYTES", 1000)
+    monkeypatch.setattr("swanlab_ray.observer.ray_cluster.directories.roots", lambda: [root])
+    monkeypatch.setattr("swanlab_ray.observer.ray_cluster.directories.SOCKET_PATH_BYTES", 1000)
     return root
 
 

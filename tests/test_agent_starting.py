@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from swanlab_ray.actors.wire.locks import hold_lock, holder, nobody_holds, release_lock
-from swanlab_ray.observer.agent import directories, private, starting
+from swanlab_ray.observer.agent import private, starting
+from swanlab_ray.observer.ray_cluster import directories
 from swanlab_ray.observer.ray_cluster.addresses import NoCluster
 from tests.conftest import wait_until
 
@@ -246,7 +247,8 @@ def test_a_directory_is_put_away_only_while_nobody_uses_it(
 STUCK = """
 import sys, time, subprocess
 from pathlib import Path
-from swanlab_ray.observer.agent import directories, private
+from swanlab_ray.observer.agent import private
+from swanlab_ray.observer.ray_cluster import directories
 directories.roots = lambda: [Path(sys.argv[1]).parent]
 
 class Stuck(private.Cluster):

@@ -198,8 +198,8 @@ def test_what_ranks_of_another_machine_say_arrives_once(tmp_path: Path, monkeypa
     new_head()
     Server(tmp_path / "here", to_head)
     monkeypatch.setattr(starting.Agent, "connect", lambda agent, deadline: starting._connected(tmp_path / "here"))
-    monkeypatch.setattr("swanlab_ray.observer.agent.directories.roots", lambda: [tmp_path / "ours"])
-    monkeypatch.setattr("swanlab_ray.observer.agent.directories.SOCKET_PATH_BYTES", 1000)
+    monkeypatch.setattr("swanlab_ray.observer.ray_cluster.directories.roots", lambda: [tmp_path / "ours"])
+    monkeypatch.setattr("swanlab_ray.observer.ray_cluster.directories.SOCKET_PATH_BYTES", 1000)
     observer = rank(cluster, AgentLink(cluster.settings, "r", Met()), 1, 2)  # type: ignore[arg-type]
     for step in range(40):
         observer.log({"x": step}, step)

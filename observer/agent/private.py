@@ -17,8 +17,7 @@ from typing import Any
 import psutil
 
 from swanlab_ray.actors.wire.locks import hold_lock, nobody_holds
-from swanlab_ray.observer.agent import directories
-from swanlab_ray.observer.ray_cluster import patches
+from swanlab_ray.observer.ray_cluster import directories, patches
 
 GRACE_S = 4.0
 """Nobody may wait for it this long while it starts."""

@@ -21,12 +21,11 @@ from pathlib import Path
 
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.locks import hold_lock, nobody_holds
-from swanlab_ray.observer.agent import directories
 from swanlab_ray.observer.agent.frames import Opening, Stream
 from swanlab_ray.observer.agent.onward import ToHead, ToWriter, Unstarted
 from swanlab_ray.observer.agent.private import Cluster
 from swanlab_ray.observer.agent.serving import Onward, Server
-from swanlab_ray.observer.ray_cluster import finding
+from swanlab_ray.observer.ray_cluster import directories, finding
 from swanlab_ray.observer.ray_cluster.addresses import NoCluster
 from swanlab_ray.observer.ray_cluster.link import Connection, RayLink
 

@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from swanlab_ray.actors.wire.locks import hold_lock, holder, nobody_holds, release_lock
-from swanlab_ray.observer.agent import directories
+from swanlab_ray.observer.ray_cluster import directories
 from swanlab_ray.observer.ray_cluster.addresses import NoCluster
 from swanlab_ray.observer.script.descriptors import occupy_standard_descriptors
 

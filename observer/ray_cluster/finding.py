@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from swanlab_ray.actors.wire.messages import NAMESPACE
-from swanlab_ray.observer.agent import directories
-from swanlab_ray.observer.ray_cluster import patches
+from swanlab_ray.observer.ray_cluster import directories, patches
 from swanlab_ray.observer.ray_cluster.addresses import NoCluster as NoCluster
 from swanlab_ray.observer.ray_cluster.addresses import answers as _answers
 from swanlab_ray.observer.ray_cluster.addresses import names_no_cluster, noted_on_this_machine, speech
