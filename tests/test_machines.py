@@ -9,11 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
+from swanlab_ray.actors.wire.events import State
+from swanlab_ray.actors.wire.messages import Farewell, Goodbye
 from swanlab_ray.observer.agent import meeting as meeting_module
 from swanlab_ray.observer.agent import reach, starting
-from swanlab_ray.observer.agent.frames import Opening, Stream
+from swanlab_ray.observer.agent.frames import Frame, Opening, Stream, decoded
 from swanlab_ray.observer.agent.link import AgentLink
 from swanlab_ray.observer.agent.meeting import Meeting
 from swanlab_ray.observer.agent.onward import ToHead, ToWriter
@@ -154,6 +157,39 @@ def test_who_is_told_nothing_says_what_is_missing(store: Store, monkeypatch: pyt
     monkeypatch.setattr(meeting_module, "shared_store", lambda: None)
     with pytest.raises(LinkBroken, match=r"2 machines, and its ranks share no store .*init_process_group\(\), or"):
         _meet(rank=3, node=1, deadline=lambda: 0.0)
+
+
+def test_a_run_stays_where_it_is_when_rank_0_moves(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an elastic launcher may do. All ranks of the new machine report to the old one, as long as that answers."""
+    assert _meet(rank=0) is None
+    old = Head(["198.51.100.1:5"], "of the machine before")
+    store[next(iter(store))] = msgspec.json.encode(old).decode()
+    monkeypatch.setattr(meeting_module, "answers", lambda head: head == old)
+    assert [_meet(rank=0), _meet(rank=1), _meet(rank=3, node=1)] == [old] * 3
+    monkeypatch.setattr(meeting_module, "answers", lambda head: False)
+    assert [_meet(rank=1), _meet(rank=0), _meet(rank=3, node=1)] == [None, None, HEAD]
+
+
+@pytest.mark.parametrize(
+    ("number", "state", "waits"), [(0, "success", True), (0, "crashed", False), (1, "success", False)]
+)
+def test_rank_0_waits_for_other_machines_where_it_has_succeeded(number: int, state: State, waits: bool) -> None:
+    """A launcher may end its machine's processes with it; one that failed must not hold the launcher up."""
+    one, other = socket.socketpair()
+    streams = Stream(one, 5.0), Stream(other, 5.0)
+    said: Any = SimpleNamespace(goodbye=lambda goodbye, wait: Farewell(False, ["a notice"], 3))
+    opening: Any = None
+    goodbye = Goodbye(rank=number, life="l", state=state, ended_ns=1)
+    for needed in (False, True):
+        onward = ToWriter(said, opening, streams[0], needed=lambda: needed)  # noqa: B023
+        frame = Frame(1, "goodbye", msgspec.Raw(msgspec.msgpack.encode(goodbye.model_dump())))
+        onward.hear(frame)
+        answer = streams[1].receive(5.0)
+        assert answer is not None
+        assert decoded(answer.body, Farewell) == Farewell(needed and waits, ["a notice"], 3)
+        onward.close()
+    for stream in streams:
+        stream.close()
 
 
 def test_a_machine_with_a_cluster_of_its_own_needs_nobody(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from swanlab_ray.observer.agent.reach import Head
+from swanlab_ray.observer.agent.reach import Head, answers
 from swanlab_ray.observer.job.identity import Identity, shared_store
 from swanlab_ray.observer.ray_cluster.finding import running_address
 from swanlab_ray.observer.transport.link import LinkBroken
@@ -44,19 +44,28 @@ class Meeting:
         """
         if self._identity.nodes == 1:
             return None
+        if self._identity.node != 0:
+            return None if running_address() is not None else self._told(deadline)
+        # Only rank 0 is waited for by others, and so waits for a store that may come.
+        store = self._found_store(deadline if self._identity.rank == 0 else lambda: 0.0)
+        if store is None:
+            return None
+        mine = reach()
+        if store.check([self._key]):
+            told = self._read(store)
+            if told.token != mine.token and answers(told):
+                return told  # rank 0 was on another machine before, where the run lies
         if self._identity.rank == 0:
-            store = self._found_store(deadline)
-            if store is not None:
-                store.set(self._key, msgspec.json.encode(reach()).decode())
-            return None
-        if self._identity.node == 0 or running_address() is not None:
-            return None
-        return self._told(deadline)
+            store.set(self._key, msgspec.json.encode(mine).decode())
+        return None
+
+    def _read(self, store: Any) -> Head:
+        return msgspec.json.decode(store.get(self._key), type=Head)
 
     def _found_store(self, deadline: Callable[[], float]) -> Any:
-        """The training may initialise torch.distributed later; rank 0 waits for that no longer than where it must."""
+        """The training may initialise torch.distributed later. Where a cluster is meant that is not waited for."""
         self._store = self._store or shared_store()
-        while self._store is None and running_address() is None and time.monotonic() < deadline():
+        while self._store is None and time.monotonic() < deadline() and running_address() is None:
             time.sleep(POLL_S)
             self._store = shared_store()
         return self._store
@@ -73,4 +82,4 @@ class Meeting:
             if time.monotonic() >= min(until, deadline()):
                 raise LinkBroken("Rank 0 has not told yet where its machine's agent listens.")
             time.sleep(POLL_S)
-        return msgspec.json.decode(store.get(self._key), type=Head)
+        return self._read(store)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
-from swanlab_ray.actors.wire.messages import Goodbye
+from swanlab_ray.actors.wire.messages import Farewell, Goodbye
 from swanlab_ray.observer.agent import reach
 from swanlab_ray.observer.agent.frames import Frame, Ingest, Opening, Stream, decoded, encoded
 from swanlab_ray.observer.agent.starting import UNSTARTED
@@ -37,12 +37,19 @@ class ToWriter:
         opening: the rank's first call.
         stream: takes the answers.
         welcomed: told that the writer has welcomed it.
+        needed: whether other machines report through this one.
     """
 
     def __init__(
-        self, link: WriterLink, opening: Opening, stream: Stream, welcomed: Callable[[], None] = lambda: None
+        self,
+        link: WriterLink,
+        opening: Opening,
+        stream: Stream,
+        welcomed: Callable[[], None] = lambda: None,
+        needed: Callable[[], bool] = lambda: False,
     ) -> None:
         self._welcomed = welcomed
+        self._needed = needed
         self._link = link
         self._opening = opening
         self._stream = stream
@@ -61,12 +68,18 @@ class ToWriter:
                 said = decoded(frame.body, Ingest)
                 self._asked.put((frame.number, self._link.ingest(said.sign, said.batch)))
             elif frame.what == "goodbye":
-                self._answer(frame.number, self._link.goodbye(decoded(frame.body, Goodbye), CALL_DEADLINE_S))
+                self._answer(frame.number, self._farewell(decoded(frame.body, Goodbye)))
                 self._left = True
             elif frame.what == "status":
                 self._answer(frame.number, self._link.status(CALL_DEADLINE_S))
         except Unstarted as error:
             self._stream.send(encoded(frame.number, UNSTARTED, str(error)))
+
+    def _farewell(self, goodbye: Goodbye) -> Farewell:
+        """Rank 0 waits for the end of the run where its launcher would end this machine before the others are done."""
+        farewell = self._link.goodbye(goodbye, CALL_DEADLINE_S)
+        waits = goodbye.rank == 0 and goodbye.state == "success" and self._needed()
+        return Farewell(farewell.last or waits, farewell.notices, farewell.told)
 
     def tell_gone(self) -> None:
         if not self._left:

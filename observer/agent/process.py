@@ -95,7 +95,7 @@ class Agent:
         life = opening.hello.life
         if life not in self._links:
             self._links[life] = RayLink(ObserverSettings(**opening.settings), opening.run_id, self.connect)
-        return ToWriter(self._links[life], opening, stream, self._opened.set)
+        return ToWriter(self._links[life], opening, stream, self._opened.set, self._server.is_reachable)
 
     def _wait_until_unused(self) -> None:
         unused_since: float | None = None

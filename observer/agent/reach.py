@@ -105,6 +105,15 @@ def connect(head: Head) -> socket.socket:
     raise OSError(f"The agent of rank 0's machine cannot be reached ({'; '.join(failed)})")
 
 
+def answers(head: Head) -> bool:
+    """Whether it can be reached."""
+    try:
+        connect(head).close()
+    except OSError:
+        return False
+    return True
+
+
 def accepted(one: socket.socket, token: str) -> bool:
     """Whether who has connected knows the token."""
     try:

@@ -75,6 +75,10 @@ class Server:
                 self._head = reach.Head(reach.addresses(listening.getsockname()[1]), token)
             return self._head
 
+    def is_reachable(self) -> bool:
+        """Whether it listens to other machines."""
+        return self._head is not None
+
     def _begin(self, listening: socket.socket, converse: Callable[[socket.socket], None]) -> None:
         def work() -> None:
             while listening.fileno() >= 0:
