@@ -13,8 +13,11 @@ from click.testing import CliRunner, Result
 
 from swanlab_ray.actors.journal import framing
 from swanlab_ray.actors.journal.files import run_directory
-from swanlab_ray.actors.journal.records import VERSION, Alert, Entry
+from swanlab_ray.actors.journal.records import VERSION, Alert, Batch, Ended, Entry
 from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.runs.summary import ledger, summarise
+from swanlab_ray.actors.wire.codec import encode_batch
+from swanlab_ray.actors.wire.messages import Counts
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.history import archive
 from swanlab_ray.observer.transport import channel as channel_module
@@ -27,6 +30,7 @@ from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.journals import write_file
 from tests.swanlab_cloud import SwanLabCloud
 from tests.test_looking import everything_called, header
+from tests.test_reading import arrived
 
 # The threads of a killed writer end.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -257,6 +261,30 @@ def test_what_a_spool_and_the_journal_have_both_is_counted_once(
     assert account.written > 0
     assert (account.logged, account.written + account.spooled, account.missing) == (30, 30, 0)
     cluster.kill()
+
+
+@pytest.mark.parametrize("dropped", [{}, {tally_module.OVERFLOW: 5}])
+@pytest.mark.parametrize("spool_is_there", [True, False])
+def test_so_it_is_where_only_the_rank_s_own_count_tells_of_the_spool(
+    tmp_path: Path, spool_is_there: bool, dropped: dict[str, int]
+) -> None:
+    """A disk that was full: of 20 events 10 were acknowledged and 10 put aside; the journal has 15. Also a writer that
+    recovers says so."""
+    directory = run_directory(tmp_path, "r")
+    life = "a" * 16
+    lost = sum(dropped.values())
+    counts = Counts(logged=20 + lost, spooled=10, dropped=dropped)
+    ended = Ended(rank=0, life=life, state="success", ended_ns=2, counts=counts)
+    batches = [Batch(0, life, seq, 1, 5, encode_batch([])) for seq in range(4)]
+    write_file(directory / "journal-000001.log", header("r"), [arrived(life=life), *batches[:3], ended])
+    if spool_is_there:
+        write_file(directory / f"spool-0-{life}-0000.log", header("r", "spool", epoch=0), [*batches[2:], ended])
+    (run,) = find_runs([tmp_path])
+    (account,) = archive.load_run(run).accounts
+    assert (account.logged, account.written, account.spooled) == (20 + lost, 15, 5)
+    assert (account.missing, account.dropped) == (0, dropped)
+    recovered = ledger(summarise(run.journals).ranks()[0])
+    assert (recovered.received, recovered.counts.logged, recovered.counts.spooled) == (15, 20 + lost, 5)
 
 
 def test_files_that_are_not_there_are_told_as_a_range(tmp_path: Path) -> None:

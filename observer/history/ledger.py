@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from swanlab_ray.actors.runs.account import Account
 from swanlab_ray.actors.runs.summary import KILLED, Life, Summary
 from swanlab_ray.actors.wire.messages import Counts
 
@@ -51,9 +52,10 @@ def ledgers(
             # What a rank has put aside tells more of its end than a writer that has lost it.
             ended = said.ended if said.ended and said.ended.state != "lost" else whole.ended
             counts = ended.counts if ended else Counts()
+            lost = {reason: count for reason, count in counts.dropped.items() if reason != KILLED}
+            counts = Account.of(said.events, counts.model_copy(update={"dropped": lost})).counts
             found = spooled.get((rank, name), 0)  # what the journal has as well is not counted twice
             kept = found if any(name in path.name for path in spools) else max(found, counts.spooled)
-            lost = {reason: count for reason, count in counts.dropped.items() if reason != KILLED}
             refused += counts.refused
             rest = max(0, counts.logged - said.events - kept - sum(lost.values()))
             written, aside = written + said.events, aside + kept
