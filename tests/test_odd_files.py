@@ -220,7 +220,7 @@ def test_a_spool_whose_journal_is_gone_or_cut_off_is_not_the_whole_run(
     assert (run.only_spooled, run.untaken) == (True, False)
     assert (account.spooled, account.missing, account.refused) == (1, 2, 1)
     assert (account.logged, account.written, account.dropped) == (3, 0, {})
-    shown = "\n".join(archive.describe(run))
+    shown = "\n".join(archive.describe(run, {}))
     assert "the journal of this run is not here: the other 1 events lie in 1 spool file" in shown
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from functools import cache
 
 from swanlab_ray.actors.journal.records import Batch
@@ -20,18 +21,23 @@ class BatchReader:
         self._sequence = Sequence()
         self.unread = 0
         """Batches that cannot be decoded."""
+        self.rejected: Counter[int] = Counter()
+        """Values and events that are wrong, by rank."""
 
     def events(self, batch: Batch) -> list[Event]:
         """The events of a batch; none where it was there before, or cannot be decoded."""
         if not self._sequence.take(batch):
             return []
         try:
-            return decode_batch(batch.data)[0]
+            events, rejected = decode_batch(batch.data)
         except Undecodable as error:
             self.unread += 1
             if self.unread == 1:
                 _tell(f"{undecodable(batch, error)}. Check the run's files with: swanlab-ray verify")
             return []
+        if rejected:
+            self.rejected[batch.rank] += len(rejected)
+        return events
 
 
 def undecodable(batch: Batch, error: Undecodable) -> str:

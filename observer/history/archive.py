@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.runs.summary import Summary, ending, summarise
 from swanlab_ray.actors.wire.events import JOB, Completions, Scalars, Spans, Stacks
 from swanlab_ray.actors.wire.text import first_line
-from swanlab_ray.observer.history.ledger import Ledger, ledgers
+from swanlab_ray.observer.history.ledger import Ledger, ledgers, with_rejected
 from swanlab_ray.observer.looking.render import Column, Grid, cell
 
 SHOWN_VALUES = 20
@@ -73,8 +73,14 @@ class Run:
         """Damaged places, without writes that a kill cut off."""
         return [damaged for damaged in self.summary.damaged if not damaged.damage.torn]
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, for ``--json``."""
+    def as_json(self, rejected: Mapping[int, int] | None = None) -> dict[str, Any]:
+        """Plain values, for ``--json``.
+
+        Args:
+            rejected: wrong values that were found in the batches, by rank. Without it nothing is said of those that
+                were refused: a rank counts what it finds itself.
+        """
+        told = [name for name in Ledger.__dataclass_fields__ if name != "refused" or rejected is not None]
         summary, settings = self.summary, self.files.header.settings
         return {
             "run_id": self.files.run_id,
@@ -96,7 +102,8 @@ class Run:
             else None,
             "damaged": len(self.damage),
             "ranks": [
-                {name: getattr(account, name) for name in Ledger.__dataclass_fields__} for account in self.accounts
+                {name: getattr(account, name) for name in told}
+                for account in with_rejected(self.accounts, rejected or {})
             ],
             "alerts": [alert.text for alert in summary.alerts],
         }
@@ -212,11 +219,16 @@ def stacks(files: RunFiles) -> list[tuple[int, Stacks]]:
     ]
 
 
-def latest_values(run: Run) -> dict[str, tuple[int, float]]:
+def latest_values(run: Run, batches: BatchReader | None = None) -> dict[str, tuple[int, float]]:
     """The value of each name that the job or rank 0 logged at its highest step; as in SwanLab the first one there, and
-    none that a training has replaced which went back."""
+    none that a training has replaced which went back.
+
+    Args:
+        run: of which.
+        batches: reads them all; by default a new one.
+    """
     latest: dict[str, tuple[int, float]] = {}
-    superseded, batches = supersession(run.files), BatchReader()
+    superseded, batches = supersession(run.files), batches or BatchReader()
     for entry in merged(run.files):
         if not isinstance(entry, Batch):
             continue
@@ -284,8 +296,8 @@ def ledger_table(accounts: list[Ledger]) -> Grid:
     return grid
 
 
-def describe(run: Run) -> Iterator[str]:
-    """A run in a few lines."""
+def describe(run: Run, rejected: Mapping[int, int]) -> Iterator[str]:
+    """A run in a few lines; ``rejected`` as in :meth:`Run.as_json`."""
     summary, settings = run.summary, run.files.header.settings
     name = settings.get("experiment_name") or run.files.run_id
     state = f"{run.state}, only spooled" if run.only_spooled else run.state
@@ -308,7 +320,7 @@ def describe(run: Run) -> Iterator[str]:
             )
     elif place := _place(summary):
         yield f"  SwanLab: {place}"
-    if refused := sum(account.refused for account in run.accounts):
+    if refused := sum(account.refused for account in with_rejected(run.accounts, rejected)):
         yield f"  refused: {refused} values or calls that were wrong, each named once in its rank's output"
     for damaged in run.damage:
         yield f"  damaged: {damaged.path.name} at {damaged.damage.offset}: {damaged.damage.reason}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from swanlab_ray.actors.runs.account import Account
@@ -34,7 +34,7 @@ class Ledger:
     missing: int
     """Was in the files and is not any more: damage. At least so many."""
     refused: int
-    """Values, and whole calls, that were wrong and are no events: no part of the sum."""
+    """Values, and whole calls, that the rank found wrong and are no events: no part of the sum."""
 
 
 def ledgers(
@@ -86,3 +86,9 @@ def ledgers(
             missing=missing,
             refused=refused,
         )
+
+
+def with_rejected(accounts: Iterable[Ledger], rejected: Mapping[int, int]) -> Iterator[Ledger]:
+    """The same with the wrong values that only who reads the batches finds, such as None: a rank sends them on."""
+    for account in accounts:
+        yield replace(account, refused=account.refused + rejected.get(account.rank, 0))

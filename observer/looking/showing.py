@@ -8,6 +8,7 @@ import click
 import msgspec
 
 from swanlab_ray.actors.completions.tables import readable
+from swanlab_ray.actors.journal.batches import BatchReader
 from swanlab_ray.actors.runs.finding import RunFiles
 from swanlab_ray.actors.wire.text import harmless, one_line
 from swanlab_ray.observer.history import archive, transcripts
@@ -17,13 +18,14 @@ from swanlab_ray.observer.looking.render import headline, json_text, say, shown,
 
 def show_run(run: archive.Run, as_json: bool) -> None:
     """How it ended, where every event of each rank is, what was alerted, the last values."""
-    values = archive.latest_values(run)
+    batches = BatchReader()
+    values = archive.latest_values(run, batches)
     if as_json:
         latest = {name: {"step": step, "value": value} for name, (step, value) in values.items()}
-        print(json_text(run.as_json() | {"latest": latest}))
+        print(json_text(run.as_json(batches.rejected) | {"latest": latest}))
         return
     console = terminal()
-    for line in archive.describe(run):
+    for line in archive.describe(run, batches.rejected):
         say(console, line)
     console.print(archive.ledger_table(run.accounts))
     for name, (step, value) in islice(values.items(), archive.SHOWN_VALUES):
