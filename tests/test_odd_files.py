@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from swanlab_ray.actors.journal import framing
 from swanlab_ray.actors.journal.files import run_directory
-from swanlab_ray.actors.journal.records import VERSION, Alert, Batch, Ended, Entry
+from swanlab_ray.actors.journal.records import VERSION, Alert, Batch, Closed, Ended, Entry
 from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.actors.runs.summary import ledger, summarise
 from swanlab_ray.actors.wire.codec import encode_batch
@@ -92,6 +92,21 @@ def newer(tmp_path: Path) -> Path:
     journal(tmp_path, "today")
     journal(tmp_path, "tomorrow", version=VERSION + 1)
     return tmp_path
+
+
+def test_late_and_repeated_values_are_shown_where_the_writer_has_counted_them(tmp_path: Path) -> None:
+    """One of an earlier version has not."""
+    closed = Closed(written=1, thinned=0, withheld=0, complete=True)
+    journal(tmp_path, "today", [closed.model_copy(update={"late": 2, "repeated": 3})])
+    shown = invoke("show", "today", "--log-dir", tmp_path).stdout
+    assert "  late: 2 values that came after" in shown
+    assert "  repeated: 3 values that their rank had logged before" in shown
+    journal(tmp_path, "earlier", [closed])
+    shown = invoke("show", "earlier", "--log-dir", tmp_path).stdout
+    assert "late:" not in shown
+    assert "repeated:" not in shown
+    told = json.loads(invoke("show", "earlier", "--json", "--log-dir", tmp_path).stdout)["in_swanlab"]
+    assert (told["late"], told["repeated"]) == (None, None)
 
 
 def test_a_journal_of_a_newer_version_hides_no_other(newer: Path) -> None:

@@ -329,7 +329,15 @@ def test_records_of_the_first_version_are_read(tmp_path: Path) -> None:
         b'{"type":"header","time_ns":1,"format":"swanlab-ray","version":1,"kind":"journal","run_id":"r","epoch":1,'
         b'"host":"h","pid":1,"settings":{}}': header(package="", reduction_version=0),
         b'{"type":"closed","time_ns":1,"written":1,"thinned":2,"withheld":3,"complete":true}': Closed(
-            time_ns=1, written=1, thinned=2, withheld=3, complete=True, completions=0, completions_dropped=0
+            time_ns=1,
+            written=1,
+            thinned=2,
+            withheld=3,
+            complete=True,
+            completions=0,
+            completions_dropped=0,
+            late=None,
+            repeated=None,
         ),
         b'{"type":"delivered","time_ns":1,"rows":5}': Delivered(time_ns=1, rows=5, reduction_version=0),
         b'{"type":"opened","time_ns":1,"mode":"offline"}': Opened(time_ns=1, mode="offline", run_dir=None, url=None),

@@ -313,6 +313,10 @@ def describe(run: Run, rejected: Mapping[int, int]) -> Iterator[str]:
             f"  SwanLab ({complete}): {closed.written} scalars written, {closed.thinned} thinned, "
             f"{closed.withheld} withheld; {_place(summary) or 'nowhere'}"
         )
+        if closed.late:
+            yield f"  late: {closed.late} values that came after their step was written"
+        if closed.repeated:
+            yield f"  repeated: {closed.repeated} values that their rank had logged before at a step"
         if closed.completions:
             yield (
                 f"  completions: {closed.completions} rows, {closed.completions_dropped} more than the tables' bound; "
