@@ -258,13 +258,14 @@ def _steps(text: str) -> range:
 def verify_journals(paths: tuple[Path, ...]) -> None:
     """Check every record of the journals at or under each PATH, and say what is there and what is missing.
 
-    Exit code 0: nothing is damaged or missing, as far as the files can tell; 1: something is.
+    Exit code 0: nothing is damaged or missing, as far as the files can tell; 1: something is. A run whose files tell of
+    no end may have gone on in what was cut off or removed since: that is said, and is no damage.
     """
-    from swanlab_ray.observer.history.verify import verify
+    from swanlab_ray.observer.history.verify import Verdict, verify
 
-    whole = _guarded(lambda: verify(paths, lambda line: print(shown(line))))
-    print("everything is there" if whole else "something is damaged or missing")
-    sys.exit(0 if whole else 1)
+    verdict = _guarded(lambda: verify(paths, lambda line: print(shown(line))))
+    print(verdict)
+    sys.exit(1 if verdict is Verdict.DAMAGED else 0)
 
 
 @main.command(short_help="Upload runs from their journals.")

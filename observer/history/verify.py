@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 
 import click
@@ -15,6 +16,24 @@ from swanlab_ray.actors.runs.finding import RunFiles, find_runs
 from swanlab_ray.actors.wire.codec import Undecodable, decode_batch
 from swanlab_ray.actors.wire.version import package_version
 from swanlab_ray.observer.history import archive
+
+
+class Verdict(IntEnum):
+    """What can be said of journals; of several, the worst."""
+
+    WHOLE = 0
+    NO_END = 1
+    DAMAGED = 2
+
+    def __str__(self) -> str:
+        return _VERDICTS[self]
+
+
+_VERDICTS = {
+    Verdict.WHOLE: "everything is there",
+    Verdict.NO_END: "what is there is whole; where the files tell of no end, nobody can say whether there was more",
+    Verdict.DAMAGED: "something is damaged or missing",
+}
 
 UNREAD_SHOWN = 10
 """Batches of a file that are named each."""
@@ -67,8 +86,8 @@ def _unread(batch: Batch) -> list[str]:
     return [f"{where}: {bad.key}: {bad.reason}" for bad in rejected if bad.whole]
 
 
-def verify(paths: Sequence[Path], say: Callable[[str], None]) -> bool:
-    """Check the journals at or under these paths; whether everything is there, as far as the files can tell.
+def verify(paths: Sequence[Path], say: Callable[[str], None]) -> Verdict:
+    """Check the journals at or under these paths.
 
     Args:
         paths: files, run directories, log directories.
@@ -86,18 +105,18 @@ def verify(paths: Sequence[Path], say: Callable[[str], None]) -> bool:
     if not found and not strays:
         raise click.ClickException(f"No journal lies under {', '.join(repr(str(path)) for path in paths)}.")
     # Every run is looked at, whatever was found in those before.
-    return all([*(_check_readable(run, say) for run in found), not strays])
+    return max([*(_check_readable(run, say) for run in found), *(Verdict.DAMAGED for _ in strays)])
 
 
-def _check_readable(files: RunFiles, say: Callable[[str], None]) -> bool:
+def _check_readable(files: RunFiles, say: Callable[[str], None]) -> Verdict:
     try:
         return _check(files, say)
     except (UnknownFormat, OSError) as error:
         say(f"run {files.run_id}: {archive.unreadable(error)}")
-        return False
+        return Verdict.DAMAGED
 
 
-def _check(files: RunFiles, say: Callable[[str], None]) -> bool:
+def _check(files: RunFiles, say: Callable[[str], None]) -> Verdict:
     run = archive.load_run(files)
     say(f"run {files.run_id}: {run.state}")
     if files.ambiguous:
@@ -121,9 +140,13 @@ def _check(files: RunFiles, say: Callable[[str], None]) -> bool:
         if account.missing:
             whole = False
             say(f"  rank {account.rank}: {account.missing} events that were acknowledged are MISSING")
-    if run.state == "unfinished":
-        say("  the files tell of no end: what may have come after them cannot be checked")
-    return whole
+    no_end = {
+        "unfinished": "the files tell of no end: what may have come after them cannot be checked",
+        "running": "somebody is at work on it: what comes after this has not been checked",
+    }.get(run.state)
+    if no_end:
+        say(f"  {no_end}")
+    return Verdict.DAMAGED if not whole else Verdict.NO_END if no_end else Verdict.WHOLE
 
 
 def _tell_file(report: FileReport, say: Callable[[str], None]) -> None:
@@ -133,7 +156,7 @@ def _tell_file(report: FileReport, say: Callable[[str], None]) -> None:
     for damaged in report.damaged:
         place = f"bytes {damaged.damage.offset} to {damaged.damage.end}"
         if damaged.damage.torn:
-            say(f"    {place}: cut off, as by a kill in the middle of a write (never acknowledged then)")
+            say(f"    {place}: cut off: by a kill in the middle of a write, never acknowledged then, or by a cut later")
         else:
             say(f"    {place}: DAMAGED, {damaged.damage.reason}")
     for unread in report.unread[:UNREAD_SHOWN]:
