@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -124,10 +125,13 @@ def _as_json(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")(command)
 
 
+PATHS = "name a journal, a run's directory (swanlog/observer/RUN), or a log directory"
+
+
 def _named(context: click.Context, parameter: click.Parameter, paths: tuple[str, ...]) -> tuple[Path, ...]:
     """An empty path would mean the current directory, and everything below it."""
     if not all(paths):
-        raise click.BadParameter("'' is no path: name a journal, a run's directory, or a log directory.")
+        raise click.BadParameter(f"'' is no path: {PATHS}.")
     return tuple(map(Path, paths))
 
 
@@ -170,7 +174,7 @@ def show(
     """Show one run from its journal: how it ended, where every event of each rank is, what was alerted, the last
     values; with --completions the latest rows of RLHF completions, whole; with --phases the mean time of a step by
     phase and rank, and the rank that the others wait for; with --stacks the Python stacks of the ranks of a job that
-    hung. RUN_ID may be its beginning; without it the latest run is
+    hung. RUN_ID may be its beginning, or the run's directory; without it the latest run is
     shown. Needs no cluster.
     """
     from swanlab_ray.observer.looking import showing
@@ -191,23 +195,31 @@ def show(
 
 
 def _find_run(run_id: str | None, log_dir: Path) -> Run:
-    """The run of that id, or of that beginning of an id; the latest one where none is given."""
+    """The run of that id, of that beginning of an id, or in that directory; the latest one where none is given."""
     from swanlab_ray.observer.history import archive
 
-    run: Run | None = _guarded(lambda: archive.find(log_dir, run_id)) if run_id != "" else None
-    if run is None and run_id is None:
+    if run_id and os.sep in run_id and os.path.isdir(run_id):  # no id has a separator
+        found: list[RunFiles] = _guarded(lambda: archive.matching(Path(run_id), ""))
+    else:
+        found = _guarded(lambda: archive.matching(log_dir, run_id)) if run_id != "" else []
+    if len(found) == 1:
+        run: Run = _guarded(lambda: archive.load_run(found[0]))
+        return run
+    if found:
+        raise _failure(f"'{run_id}' names {len(found)} runs: {_ids(found)}; write one of these.")
+    if run_id is None:
         raise _failure(f"No run lies in '{log_dir}': choose another with --log-dir.")
-    if run is None:
-        known = archive.run_ids(log_dir)[-NAMED_RUNS:]
-        raise _failure(
-            f"'{run_id}' names no run, or several, in {log_dir}"
-            + (f"; there are: {', '.join(known)}." if known else ": choose another with --log-dir.")
-        )
-    return run
+    known: list[RunFiles] = _guarded(lambda: archive.matching(log_dir, ""))
+    there = f"; there are: {_ids(known)}." if known else ": choose another with --log-dir."
+    raise _failure(f"'{run_id}' names no run in {log_dir}{there}")
+
+
+def _ids(runs: list[RunFiles]) -> str:
+    return ("..., " if len(runs) > NAMED_RUNS else "") + ", ".join(run.run_id for run in runs[-NAMED_RUNS:])
 
 
 NAMED_RUNS = 20
-"""Runs that are named to somebody who asks for one that is not there: the latest."""
+"""Runs that are named to somebody who asks for one that is not there, or for several: the latest."""
 
 
 @main.command(short_help="Write the timeline of all ranks, for Perfetto.")
@@ -217,7 +229,8 @@ NAMED_RUNS = 20
     "--output",
     default="trace.json",
     show_default=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=click.Path(dir_okay=False),
+    callback=lambda *given: Path(_not_empty(*given)),
     help="Where to write it; compressed where the name ends in .gz.",
 )
 @click.option("--steps", metavar="FIRST:LAST", help="Only spans of these steps, the last one too.")
@@ -225,7 +238,7 @@ NAMED_RUNS = 20
 def trace(run_id: str | None, output: Path, steps: str | None, log_dir: Path) -> None:
     """Write the spans of all ranks as one timeline, for https://ui.perfetto.dev or chrome://tracing.
 
-    RUN_ID may be its beginning; without it the latest run is taken. Needs no cluster.
+    RUN_ID may be its beginning, or the run's directory; without it the latest run is taken. Needs no cluster.
     """
     from swanlab_ray.observer.history.timeline import Timeline
 
@@ -263,7 +276,7 @@ def verify_journals(paths: tuple[Path, ...]) -> None:
     """
     from swanlab_ray.observer.history.verify import Verdict, verify
 
-    verdict = _guarded(lambda: verify(paths, lambda line: print(shown(line))))
+    verdict = _guarded(lambda: verify(paths, lambda line: print(shown(line))), PATHS)
     print(verdict)
     sys.exit(1 if verdict is Verdict.DAMAGED else 0)
 
@@ -307,7 +320,7 @@ def sync(paths: tuple[Path, ...], project: str | None, workspace: str | None, ho
         with progress if console.is_terminal else nullcontext():
             return [upload(run) for run in uploads.runs_under(list(paths))]
 
-    synced = _guarded(upload_all)
+    synced = _guarded(upload_all, PATHS)
     for run in synced:
         _tell_synced(run)
     sys.exit(1 if any(isinstance(run, str) or run.damaged for run in synced) else 0)
@@ -364,15 +377,16 @@ def _failure(sentence: str) -> click.ClickException:
     return click.ClickException(shown(sentence))
 
 
-def _guarded(action: Callable[[], Any]) -> Any:
-    """Do it; a problem of the user's becomes one sentence."""
+def _guarded(action: Callable[[], Any], remedy: str = "") -> Any:
+    """Do it; a problem of the user's becomes one sentence, with a remedy where something does not exist."""
     from swanlab_ray.actors.journal.records import UnknownFormat
     from swanlab_ray.actors.swanlab.experiment import CloudError
 
     try:
         return action()
     except FileNotFoundError as error:
-        raise _failure(f"'{error.filename}' does not exist." if error.filename else f"{error}.") from None
+        what = f"'{error.filename}' does not exist" if error.filename else str(error)
+        raise _failure(f"{what}: {remedy}." if remedy else f"{what}.") from None
     except CloudError as error:
         raise _failure(f"The SwanLab cloud cannot be used: {error}.") from None
     except PermissionError as error:

@@ -202,6 +202,26 @@ def test_strays_are_named(tmp_path: Path) -> None:
     assert invoke("verify", path).exit_code == 0
 
 
+def test_a_run_is_named_by_its_id_the_beginning_of_it_or_its_directory(tmp_path: Path) -> None:
+    """Which of no run and several it is stands in the sentence, and what may be written instead."""
+    for number, run_id in enumerate(("lr-1", "lr-2", "other")):
+        journal(tmp_path, run_id, time_ns=number + 1)
+    for name in ("other", "o", tmp_path / "observer" / "other", f"{tmp_path}/observer/other/"):
+        for command in (["show"], ["trace", "-o", tmp_path / "t.json"]):
+            done = invoke(*command, name, "--log-dir", tmp_path)
+            assert done.exit_code == 0, done.output
+            assert "other" in done.stdout
+    for name in ("lr", f"{tmp_path}/observer"):
+        done = invoke("show", name, "--log-dir", tmp_path)
+        assert done.exit_code == 1
+        several = "2 runs: lr-1, lr-2" if name == "lr" else "3 runs: lr-1, lr-2, other"
+        assert f"'{name}' names {several}; write one of these." in done.stderr
+    for name in ("", "nobody", f"{tmp_path}/nowhere"):
+        done = invoke("show", name, "--log-dir", tmp_path)
+        assert done.exit_code == 1
+        assert f"'{name}' names no run in {tmp_path}; there are: lr-1, lr-2, other." in done.stderr
+
+
 def test_two_runs_of_one_id_in_two_log_directories_are_not_silently_one(tmp_path: Path) -> None:
     """They may be one run that went to another machine, or two; nothing in the files tells, so it is said."""
     for name in ("a", "b"):

@@ -291,6 +291,16 @@ def test_no_call_of_an_observer_that_observes_nothing_raises(call: Callable[[Any
     call(DisabledObserver(ObserverSettings(mode="disabled"), Identity(0, 1, 0, 1)))
 
 
+def test_a_number_beyond_floats_is_too_large(
+    link: ShakyLink, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    observer.log({"x": 1.0, "big": 10**400, "fraction": fractions.Fraction(-(10**400)), "beyond_64_bits": 10**30}, 0)
+    assert observer.finish()
+    assert arrived(link) == {"x": 1.0, "beyond_64_bits": 1e30}
+    assert "'big' is not logged: int is too large; log numbers below" in caplog.text
+    assert "'fraction' is not logged: Fraction is too large" in caplog.text
+
+
 def test_what_is_masked_is_no_number(link: ShakyLink, observer: Observer, caplog: pytest.LogCaptureFixture) -> None:
     observer.log(
         {"constant": np.ma.masked, "array": np.ma.array(3.0, mask=True), "shown": np.ma.array(3.0, mask=False)}, 0

@@ -138,11 +138,6 @@ def unreadable(error: UnknownFormat | OSError) -> str:
     return str(error)
 
 
-def run_ids(log_dir: Path) -> list[str]:
-    """The runs under a log directory, oldest first; none where there is no such directory."""
-    return [files.run_id for files in find_runs([log_dir])] if log_dir.exists() else []
-
-
 def load_run(files: RunFiles) -> Run:
     """Read one run from end to end."""
     journal = summarise(files.journals)
@@ -168,13 +163,13 @@ def _times_of_events(files: RunFiles) -> tuple[int, int]:
     return min(found, default=0), max(found, default=0)
 
 
-def find(log_dir: Path, run_id: str | None) -> Run | None:
-    """The run of this id, or the only one whose id begins so; the latest one where no id is given."""
+def matching(log_dir: Path, run_id: str | None) -> list[RunFiles]:
+    """The run of this id, or all whose ids begin so, oldest first; the latest one where no id is given. None where
+    there is no such directory."""
     runs = find_runs([log_dir]) if log_dir.exists() else []
     if run_id is None:
-        return load_run(runs[-1]) if runs else None
-    matching = [run for run in runs if run.run_id == run_id] or [run for run in runs if run.run_id.startswith(run_id)]
-    return load_run(matching[0]) if len(matching) == 1 else None
+        return runs[-1:]
+    return [run for run in runs if run.run_id == run_id] or [run for run in runs if run.run_id.startswith(run_id)]
 
 
 def missing_files(run: RunFiles) -> list[str]:
