@@ -16,6 +16,7 @@ from rich.console import Console
 from swanlab_ray.actors.journal.records import REDUCTION_VERSION, VERSION
 from swanlab_ray.actors.settings import LOG_DIR_VARIABLES, MODES, ObserverSettings, SettingsError, check_writable
 from swanlab_ray.actors.wire.naming import absolute
+from swanlab_ray.actors.wire.text import many
 from swanlab_ray.observer.looking.render import json_text, say, shown, terminal
 from swanlab_ray.observer.looking.streams import Command
 
@@ -252,7 +253,7 @@ def trace(run_id: str | None, output: Path, steps: str | None, log_dir: Path) ->
         timeline.write(output)
     except OSError as error:
         raise _failure(f"The trace cannot be written to '{output}': {error.strerror or error}.") from None
-    told = f"{timeline.count} spans of run {run.files.run_id} in {output}: open it with https://ui.perfetto.dev"
+    told = f"{many(timeline.count, 'span')} of run {run.files.run_id} in {output}: open it with https://ui.perfetto.dev"
     print(shown(told))
 
 
@@ -330,10 +331,10 @@ def _tell_synced(run: Synced | str) -> None:
     if isinstance(run, str):
         print(shown(f"Error: {run}"), file=sys.stderr)
         return
-    tables = f" and {run.tables} tables" if run.tables else ""
+    tables = f" and {many(run.tables, 'table')}" if run.tables else ""
     withheld = f", {run.withheld} withheld" if run.withheld else ""
-    line = f"run {run.run_id}: {run.uploaded} scalars{tables} uploaded, {run.present} were there{withheld}; {run.url}"
-    print(shown(line))
+    uploaded = f"{many(run.uploaded, 'scalar')}{tables} uploaded, {run.present} were there{withheld}"
+    print(shown(f"run {run.run_id}: {uploaded}; {run.url}"))
     for notice in run.notices:
         print(shown(f"  {notice}"))
     if run.damaged:

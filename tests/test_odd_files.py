@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,19 @@ def newer(tmp_path: Path) -> Path:
     journal(tmp_path, "today")
     journal(tmp_path, "tomorrow", version=VERSION + 1)
     return tmp_path
+
+
+def test_one_is_no_plural(tmp_path: Path) -> None:
+    """Of anything that show, verify and sync count."""
+    entries = everything_called("x")
+    one = [replace(entry, events=1) if isinstance(entry, Batch) else entry for entry in entries]
+    directory = journal(tmp_path, "r", one).parent
+    with SwanLabCloud() as cloud:
+        commands = (["show", "--log-dir", tmp_path], ["verify", tmp_path], ["sync", directory])
+        said = "".join(invoke(*command, **cloud.environment()).stdout for command in commands)
+    for counted in ("1 rank\n", "1 event,", "in 1 file of 1 writer,", "1 scalar written", "1 row,", "1 batch,"):
+        assert counted in said
+    assert not re.search(r"(?<![\d.,:])1 [a-z]+s\b", said), said
 
 
 def test_late_and_repeated_values_are_shown_where_the_writer_has_counted_them(tmp_path: Path) -> None:
@@ -256,7 +271,7 @@ def test_a_spool_whose_journal_is_gone_or_cut_off_is_not_the_whole_run(
     assert (account.spooled, account.missing, account.refused) == (1, 2, 1)
     assert (account.logged, account.written, account.dropped) == (3, 0, {})
     shown = "\n".join(archive.describe(run, {}))
-    assert "the journal of this run is not here: the other 1 events lie in 1 spool file" in shown
+    assert "the journal of this run is not here: the other 1 event lies in 1 spool file" in shown
 
 
 def test_what_a_rank_had_to_drop_stands_in_its_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

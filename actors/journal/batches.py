@@ -10,6 +10,7 @@ from swanlab_ray.actors.journal.records import Batch
 from swanlab_ray.actors.journal.seen import Sequence
 from swanlab_ray.actors.wire.codec import Undecodable, decode_batch
 from swanlab_ray.actors.wire.events import Event
+from swanlab_ray.actors.wire.text import many
 
 _logger = logging.getLogger("swanlab_ray")
 
@@ -43,8 +44,8 @@ class BatchReader:
 def undecodable(batch: Batch, error: Undecodable) -> str:
     """What is said of such a batch: its checksum is right, so it came like that."""
     return (
-        f"Batch {batch.seq} of rank {batch.rank} ({batch.events} events) cannot be decoded and is left out ({error}): "
-        "it was damaged before it was sent, or comes from another version of swanlab-ray"
+        f"Batch {batch.seq} of rank {batch.rank} ({many(batch.events, 'event')}) cannot be decoded and is left out "
+        f"({error}): it was damaged before it was sent, or comes from another version of swanlab-ray"
     )
 
 

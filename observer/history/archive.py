@@ -19,7 +19,7 @@ from swanlab_ray.actors.runs.finding import RunFiles, find_runs
 from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.runs.summary import Summary, ending, summarise
 from swanlab_ray.actors.wire.events import JOB, Completions, Scalars, Spans, Stacks
-from swanlab_ray.actors.wire.text import first_line
+from swanlab_ray.actors.wire.text import first_line, many
 from swanlab_ray.observer.history.ledger import Ledger, ledgers, with_rejected
 from swanlab_ray.observer.looking.render import Column, Grid, cell
 
@@ -299,23 +299,23 @@ def describe(run: Run, rejected: Mapping[int, int]) -> Iterator[str]:
     yield f"{settings.get('project', '?')} / {name} ({settings.get('mode', '?')}): {state}"
     if summary.finished and summary.finished.error:
         yield f"  {first_line(summary.finished.error)}"
-    yield f"  from {moment(run.first_ns)} to {moment(run.last_ns)}, {summary.world_size} ranks"
+    yield f"  from {moment(run.first_ns)} to {moment(run.last_ns)}, {many(summary.world_size, 'rank')}"
     yield from _places(run)
     if summary.closed is not None:
         closed = summary.closed
         complete = "complete" if closed.complete and not closed.thinned else "not complete"
         yield (
-            f"  SwanLab ({complete}): {closed.written} scalars written, {closed.thinned} thinned, "
+            f"  SwanLab ({complete}): {many(closed.written, 'scalar')} written, {closed.thinned} thinned, "
             f"{closed.withheld} withheld; {_place(summary) or 'nowhere'}"
         )
         if closed.late:
-            yield f"  late: {closed.late} values that came after their step was written"
+            yield f"  late: {many(closed.late, 'value')} that came after their step was written"
         if closed.repeated:
-            yield f"  repeated: {closed.repeated} values that their rank had logged before at a step"
+            yield f"  repeated: {many(closed.repeated, 'value')} that their rank had logged before at a step"
         if closed.completions:
             yield (
-                f"  completions: {closed.completions} rows, {closed.completions_dropped} more than the tables' bound; "
-                f"see them with: swanlab-ray show {shlex.quote(run.files.run_id)} --completions"
+                f"  completions: {many(closed.completions, 'row')}, {closed.completions_dropped} more than the tables' "
+                f"bound; see them with: swanlab-ray show {shlex.quote(run.files.run_id)} --completions"
             )
     elif place := _place(summary):
         yield f"  SwanLab: {place}"
@@ -333,14 +333,14 @@ def _places(run: Run) -> Iterator[str]:
     if not run.only_spooled:
         writers = len({(header.host, header.pid) for header in summary.headers if header.kind == "journal"})
         yield (
-            f"  journal: {summary.events} events, {_size(summary.size)} in {summary.files} files of {writers} writers, "
-            f"{run.files.paths[0].parent}"
+            f"  journal: {many(summary.events, 'event')}, {_size(summary.size)} in {many(summary.files, 'file')} of "
+            f"{many(writers, 'writer')}, {run.files.paths[0].parent}"
         )
     else:
         directory = run.files.paths[0].parent
         why = "no writer took this run: its" if run.untaken else "the journal of this run is not here: the other"
         yield (
-            f"  {why} {summary.events} events lie in {spools} spool file{'s' * (spools != 1)} "
+            f"  {why} {many(summary.events, 'event')} lie{'s' * (summary.events == 1)} in {many(spools, 'spool file')} "
             f"of its ranks, {_size(summary.size)}, {directory}; "
             f"upload them with: swanlab-ray sync {shlex.quote(str(directory))}"
         )

@@ -14,6 +14,7 @@ from swanlab_ray.actors.journal.reading import Damaged, entries
 from swanlab_ray.actors.journal.records import Batch, Header, UnknownFormat
 from swanlab_ray.actors.runs.finding import RunFiles, find_runs
 from swanlab_ray.actors.wire.codec import Undecodable, decode_batch
+from swanlab_ray.actors.wire.text import many
 from swanlab_ray.actors.wire.version import package_version
 from swanlab_ray.observer.history import archive
 
@@ -150,7 +151,8 @@ def _check(files: RunFiles, say: Callable[[str], None]) -> Verdict:
 
 
 def _tell_file(report: FileReport, say: Callable[[str], None]) -> None:
-    say(f"  {report.path}: {report.records} records, {report.batches} batches, {report.events} events")
+    batches = f"{report.batches} batch{'es' * (report.batches != 1)}"
+    say(f"  {report.path}: {many(report.records, 'record')}, {batches}, {many(report.events, 'event')}")
     if not report.records and not report.damaged:
         say("    it is EMPTY: its writer was killed as it began, or the disk has lost what was in it")
     for damaged in report.damaged:

@@ -10,7 +10,7 @@ import msgspec
 from swanlab_ray.actors.completions.tables import readable
 from swanlab_ray.actors.journal.batches import BatchReader
 from swanlab_ray.actors.runs.finding import RunFiles
-from swanlab_ray.actors.wire.text import harmless, one_line
+from swanlab_ray.actors.wire.text import harmless, many, one_line
 from swanlab_ray.observer.history import archive, transcripts
 from swanlab_ray.observer.history.breakdown import breakdown, phases_table
 from swanlab_ray.observer.looking.render import headline, json_text, say, shown, terminal
@@ -44,7 +44,7 @@ def show_phases(files: RunFiles, last: int, as_json: bool) -> None:
     if not steps:
         raise _nothing(files, "has no spans: ObserverCallback and span() log them.")
     console = terminal()
-    say(console, f"mean of {len(steps)} steps, {steps[0].step} to {steps[-1].step}")
+    say(console, f"mean of {many(len(steps), 'step')}, {steps[0].step} to {steps[-1].step}")
     console.print(phases_table(steps))
     if found.straggler is not None:
         say(console, f"Straggler: {found.straggler}", "yellow")
