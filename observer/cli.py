@@ -272,8 +272,8 @@ def _steps(text: str) -> range:
 def verify_journals(paths: tuple[Path, ...]) -> None:
     """Check every record of the journals at or under each PATH, and say what is there and what is missing.
 
-    Exit code 0: nothing is damaged or missing, as far as the files can tell; 1: something is. A run whose files tell of
-    no end may have gone on in what was cut off or removed since: that is said, and is no damage.
+    Exit code 0: nothing is damaged or missing, as far as the files can tell; 1: something is. Where there may be
+    more, that is said, and is no damage: the files tell of no end, or a rank has put events aside on its own disk.
     """
     from swanlab_ray.observer.history.verify import Verdict, verify
 

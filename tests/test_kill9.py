@@ -279,7 +279,7 @@ def test_everything_is_killed_at_once_and_requeued(launch: Launch, tmp_path: Pat
     verified = cli("verify", logs)
     assert verified.exit_code == 0, verified.stdout
     assert "the files tell of no end" in verified.stdout
-    assert verified.stdout.splitlines()[-1].startswith("what is there is whole; where the files tell of no end, nobody")
+    assert verified.stdout.splitlines()[-1] == "what is there is whole, but it may not be all: see above"
 
     def synced_twice(steps: int) -> None:
         with SwanLabCloud() as cloud:

@@ -326,13 +326,20 @@ def test_so_it_is_where_only_the_rank_s_own_count_tells_of_the_spool(
     counts = Counts(logged=20 + lost, spooled=10, dropped=dropped)
     ended = Ended(rank=0, life=life, state="success", ended_ns=2, counts=counts)
     batches = [Batch(0, life, seq, 1, 5, encode_batch([])) for seq in range(4)]
-    write_file(directory / "journal-000001.log", header("r"), [arrived(life=life), *batches[:3], ended])
+    closed = Closed(written=1, thinned=0, withheld=0, complete=True)
+    entries: list[Entry] = [arrived(life=life, world_size=1), *batches[:3], ended, closed]
+    write_file(directory / "journal-000001.log", header("r"), entries)
     if spool_is_there:
         write_file(directory / f"spool-0-{life}-0000.log", header("r", "spool", epoch=0), [*batches[2:], ended])
     (run,) = find_runs([tmp_path])
     (account,) = archive.load_run(run).accounts
     assert (account.logged, account.written, account.spooled) == (20 + lost, 15, 5)
     assert (account.missing, account.dropped) == (0, dropped)
+    verified = invoke("verify", tmp_path)
+    assert verified.exit_code == 0
+    assert ("rank 0 has 5 events on a disk of its own: copy" in verified.stdout) == (not spool_is_there)
+    said = "everything is there" if spool_is_there else "what is there is whole, but it may not be all: see above"
+    assert verified.stdout.splitlines()[-1] == said
     recovered = ledger(summarise(run.journals).ranks()[0])
     assert (recovered.received, recovered.counts.logged, recovered.counts.spooled) == (15, 20 + lost, 5)
 

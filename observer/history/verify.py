@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -23,7 +23,7 @@ class Verdict(IntEnum):
     """What can be said of journals; of several, the worst."""
 
     WHOLE = 0
-    NO_END = 1
+    MORE = 1
     DAMAGED = 2
 
     def __str__(self) -> str:
@@ -32,7 +32,7 @@ class Verdict(IntEnum):
 
 _VERDICTS = {
     Verdict.WHOLE: "everything is there",
-    Verdict.NO_END: "what is there is whole; where the files tell of no end, nobody can say whether there was more",
+    Verdict.MORE: "what is there is whole, but it may not be all: see above",
     Verdict.DAMAGED: "something is damaged or missing",
 }
 
@@ -141,13 +141,23 @@ def _check(files: RunFiles, say: Callable[[str], None]) -> Verdict:
         if account.missing:
             whole = False
             say(f"  rank {account.rank}: {account.missing} events that were acknowledged are MISSING")
-    no_end = {
-        "unfinished": "the files tell of no end: what may have come after them cannot be checked",
-        "running": "somebody is at work on it: what comes after this has not been checked",
-    }.get(run.state)
-    if no_end:
-        say(f"  {no_end}")
-    return Verdict.DAMAGED if not whole else Verdict.NO_END if no_end else Verdict.WHOLE
+    more = list(_perhaps_more(run))
+    for sentence in more:
+        say(f"  {sentence}")
+    return Verdict.DAMAGED if not whole else Verdict.MORE if more else Verdict.WHOLE
+
+
+def _perhaps_more(run: archive.Run) -> Iterator[str]:
+    """Why these files may not be all of the run, whole as they are."""
+    if run.state == "unfinished":
+        yield "the files tell of no end: what may have come after them cannot be checked"
+    elif run.state == "running":
+        yield "somebody is at work on it: what comes after this has not been checked"
+    for account in run.accounts:
+        here = sum(life.events for (rank, _), life in run.summary.lives.items() if rank == account.rank)
+        aside = account.written + account.spooled - here
+        if aside > 0:
+            yield f"rank {account.rank} has {many(aside, 'event')} on a disk of its own: copy its spool to the journal"
 
 
 def _tell_file(report: FileReport, say: Callable[[str], None]) -> None:
