@@ -242,7 +242,7 @@ class ObserverSettings(BaseSettings):
     @classmethod
     def _project_not_empty(cls, value: Any) -> Any:
         if isinstance(value, str) and not value.strip():
-            raise ValueError("swanlab_project cannot be an empty string.")
+            raise ValueError("swanlab_project cannot be an empty string. Give the project a name, or leave it out.")
         return value
 
     @field_validator("project", "workspace")

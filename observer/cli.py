@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from rich.console import Console
 from swanlab_ray.actors.journal.records import REDUCTION_VERSION, VERSION
 from swanlab_ray.actors.settings import LOG_DIR_VARIABLES, MODES, ObserverSettings, SettingsError, check_writable
 from swanlab_ray.actors.wire.naming import absolute
+from swanlab_ray.actors.wire.text import many
 from swanlab_ray.observer.looking.render import json_text, say, shown, terminal
 from swanlab_ray.observer.looking.streams import Command
 
@@ -124,10 +126,13 @@ def _as_json(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")(command)
 
 
+PATHS = "name a journal, a run's directory (swanlog/observer/RUN), or a log directory"
+
+
 def _named(context: click.Context, parameter: click.Parameter, paths: tuple[str, ...]) -> tuple[Path, ...]:
     """An empty path would mean the current directory, and everything below it."""
     if not all(paths):
-        raise click.BadParameter("'' is no path: name a journal, a run's directory, or a log directory.")
+        raise click.BadParameter(f"'' is no path: {PATHS}.")
     return tuple(map(Path, paths))
 
 
@@ -170,7 +175,7 @@ def show(
     """Show one run from its journal: how it ended, where every event of each rank is, what was alerted, the last
     values; with --completions the latest rows of RLHF completions, whole; with --phases the mean time of a step by
     phase and rank, and the rank that the others wait for; with --stacks the Python stacks of the ranks of a job that
-    hung. RUN_ID may be its beginning; without it the latest run is
+    hung. RUN_ID may be its beginning, or the run's directory; without it the latest run is
     shown. Needs no cluster.
     """
     from swanlab_ray.observer.looking import showing
@@ -191,23 +196,31 @@ def show(
 
 
 def _find_run(run_id: str | None, log_dir: Path) -> Run:
-    """The run of that id, or of that beginning of an id; the latest one where none is given."""
+    """The run of that id, of that beginning of an id, or in that directory; the latest one where none is given."""
     from swanlab_ray.observer.history import archive
 
-    run: Run | None = _guarded(lambda: archive.find(log_dir, run_id)) if run_id != "" else None
-    if run is None and run_id is None:
+    if run_id and os.sep in run_id and os.path.isdir(run_id):  # no id has a separator
+        found: list[RunFiles] = _guarded(lambda: archive.matching(Path(run_id), ""))
+    else:
+        found = _guarded(lambda: archive.matching(log_dir, run_id)) if run_id != "" else []
+    if len(found) == 1:
+        run: Run = _guarded(lambda: archive.load_run(found[0]))
+        return run
+    if found:
+        raise _failure(f"'{run_id}' names {len(found)} runs: {_ids(found)}; write one of these.")
+    if run_id is None:
         raise _failure(f"No run lies in '{log_dir}': choose another with --log-dir.")
-    if run is None:
-        known = archive.run_ids(log_dir)[-NAMED_RUNS:]
-        raise _failure(
-            f"'{run_id}' names no run, or several, in {log_dir}"
-            + (f"; there are: {', '.join(known)}." if known else ": choose another with --log-dir.")
-        )
-    return run
+    known: list[RunFiles] = _guarded(lambda: archive.matching(log_dir, ""))
+    there = f"; there are: {_ids(known)}." if known else ": choose another with --log-dir."
+    raise _failure(f"'{run_id}' names no run in {log_dir}{there}")
+
+
+def _ids(runs: list[RunFiles]) -> str:
+    return ("..., " if len(runs) > NAMED_RUNS else "") + ", ".join(run.run_id for run in runs[-NAMED_RUNS:])
 
 
 NAMED_RUNS = 20
-"""Runs that are named to somebody who asks for one that is not there: the latest."""
+"""Runs that are named to somebody who asks for one that is not there, or for several: the latest."""
 
 
 @main.command(short_help="Write the timeline of all ranks, for Perfetto.")
@@ -217,7 +230,8 @@ NAMED_RUNS = 20
     "--output",
     default="trace.json",
     show_default=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=click.Path(dir_okay=False),
+    callback=lambda *given: Path(_not_empty(*given)),
     help="Where to write it; compressed where the name ends in .gz.",
 )
 @click.option("--steps", metavar="FIRST:LAST", help="Only spans of these steps, the last one too.")
@@ -225,7 +239,7 @@ NAMED_RUNS = 20
 def trace(run_id: str | None, output: Path, steps: str | None, log_dir: Path) -> None:
     """Write the spans of all ranks as one timeline, for https://ui.perfetto.dev or chrome://tracing.
 
-    RUN_ID may be its beginning; without it the latest run is taken. Needs no cluster.
+    RUN_ID may be its beginning, or the run's directory; without it the latest run is taken. Needs no cluster.
     """
     from swanlab_ray.observer.history.timeline import Timeline
 
@@ -239,7 +253,7 @@ def trace(run_id: str | None, output: Path, steps: str | None, log_dir: Path) ->
         timeline.write(output)
     except OSError as error:
         raise _failure(f"The trace cannot be written to '{output}': {error.strerror or error}.") from None
-    told = f"{timeline.count} spans of run {run.files.run_id} in {output}: open it with https://ui.perfetto.dev"
+    told = f"{many(timeline.count, 'span')} of run {run.files.run_id} in {output}: open it with https://ui.perfetto.dev"
     print(shown(told))
 
 
@@ -258,13 +272,14 @@ def _steps(text: str) -> range:
 def verify_journals(paths: tuple[Path, ...]) -> None:
     """Check every record of the journals at or under each PATH, and say what is there and what is missing.
 
-    Exit code 0: nothing is damaged or missing, as far as the files can tell; 1: something is.
+    Exit code 0: nothing is damaged or missing, as far as the files can tell; 1: something is. Where there may be
+    more, that is said, and is no damage: the files tell of no end, or a rank has put events aside on its own disk.
     """
-    from swanlab_ray.observer.history.verify import verify
+    from swanlab_ray.observer.history.verify import Verdict, verify
 
-    whole = _guarded(lambda: verify(paths, lambda line: print(shown(line))))
-    print("everything is there" if whole else "something is damaged or missing")
-    sys.exit(0 if whole else 1)
+    verdict = _guarded(lambda: verify(paths, lambda line: print(shown(line))), PATHS)
+    print(verdict)
+    sys.exit(1 if verdict is Verdict.DAMAGED else 0)
 
 
 @main.command(short_help="Upload runs from their journals.")
@@ -306,7 +321,7 @@ def sync(paths: tuple[Path, ...], project: str | None, workspace: str | None, ho
         with progress if console.is_terminal else nullcontext():
             return [upload(run) for run in uploads.runs_under(list(paths))]
 
-    synced = _guarded(upload_all)
+    synced = _guarded(upload_all, PATHS)
     for run in synced:
         _tell_synced(run)
     sys.exit(1 if any(isinstance(run, str) or run.damaged for run in synced) else 0)
@@ -316,10 +331,10 @@ def _tell_synced(run: Synced | str) -> None:
     if isinstance(run, str):
         print(shown(f"Error: {run}"), file=sys.stderr)
         return
-    tables = f" and {run.tables} tables" if run.tables else ""
+    tables = f" and {many(run.tables, 'table')}" if run.tables else ""
     withheld = f", {run.withheld} withheld" if run.withheld else ""
-    line = f"run {run.run_id}: {run.uploaded} scalars{tables} uploaded, {run.present} were there{withheld}; {run.url}"
-    print(shown(line))
+    uploaded = f"{many(run.uploaded, 'scalar')}{tables} uploaded, {run.present} were there{withheld}"
+    print(shown(f"run {run.run_id}: {uploaded}; {run.url}"))
     for notice in run.notices:
         print(shown(f"  {notice}"))
     if run.damaged:
@@ -363,15 +378,16 @@ def _failure(sentence: str) -> click.ClickException:
     return click.ClickException(shown(sentence))
 
 
-def _guarded(action: Callable[[], Any]) -> Any:
-    """Do it; a problem of the user's becomes one sentence."""
+def _guarded(action: Callable[[], Any], remedy: str = "") -> Any:
+    """Do it; a problem of the user's becomes one sentence, with a remedy where something does not exist."""
     from swanlab_ray.actors.journal.records import UnknownFormat
     from swanlab_ray.actors.swanlab.experiment import CloudError
 
     try:
         return action()
     except FileNotFoundError as error:
-        raise _failure(f"'{error.filename}' does not exist." if error.filename else f"{error}.") from None
+        what = f"'{error.filename}' does not exist" if error.filename else str(error)
+        raise _failure(f"{what}: {remedy}." if remedy else f"{what}.") from None
     except CloudError as error:
         raise _failure(f"The SwanLab cloud cannot be used: {error}.") from None
     except PermissionError as error:

@@ -40,8 +40,11 @@ def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.Comp
     [
         (["demo", "--mode", "lokal"], "Invalid swanlab_mode: 'lokal'. Valid options: cloud, local, offline, disabled"),
         (["demo", "--mode", "disabled"], "--mode disabled makes no sense"),
-        (["demo", "--project", ""], "swanlab_project cannot be an empty string."),
-        (["verify", ""], "'' is no path: name a journal, a run's directory, or a log directory."),
+        (["demo", "--project", ""], "swanlab_project cannot be an empty string. Give the project a name"),
+        (["verify", ""], "'' is no path: name a journal, a run's directory (swanlog/observer/RUN), or a log"),
+        (["verify", "/nope"], "'/nope' does not exist: name a journal, a run's directory (swanlog/observer/RUN), or a"),
+        (["sync", "demo-1"], "'demo-1' does not exist: name a journal, a run's directory (swanlog/observer/RUN), or a"),
+        (["trace", "-o", ""], "Invalid value for '-o' / '--output': it is empty"),
         (["sync", ""], "'' is no path"),
         (["runs", "--log-dir", ""], "Invalid value for '--log-dir': it is empty"),
         (["sync", "--project", "", "."], "Invalid value for '--project': it is empty"),

@@ -68,6 +68,13 @@ def test_commands_exist() -> None:
                 assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
 
 
+def test_an_example_of_running_a_test_selects_one() -> None:
+    examples = [found for page in PAGES for found in re.findall(r"pytest (tests/\w+\.py) -k (\w+)", page.read_text())]
+    assert examples
+    for file, word in examples:
+        assert re.search(rf"^ *def test_\w*{word}", (ROOT / file).read_text(), re.M), f"{file} -k {word}"
+
+
 def test_what_a_message_tells_to_run_exists() -> None:
     """A user who was told to run a command runs it when something has gone wrong already."""
     from swanlab_ray.observer.cli import main

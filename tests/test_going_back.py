@@ -120,7 +120,13 @@ def test_steps_that_are_counted_per_epoch_are_told_and_counted(tmp_path: Path, w
     assert (status.repeated, status.late) == (200 * world, 0)
     (told,) = status.notices
     assert told.startswith("Logged twice: rank 0 has logged 'loss' at step 0 before. The first value stands,")
-    assert archive.latest_values(archive.load_run(cluster.files)) == {"loss": (99, 99.0)}
+    afterwards = archive.load_run(cluster.files)
+    assert archive.latest_values(afterwards) == {"loss": (99, 99.0)}
+    assert f"  repeated: {200 * world} values that their rank had logged before" in "\n".join(
+        archive.describe(afterwards, {})
+    )
+    in_swanlab = afterwards.as_json()["in_swanlab"]
+    assert (in_swanlab["repeated"], in_swanlab["late"]) == (200 * world, 0)
 
 
 def test_completions_that_are_run_again_are_replaced(tmp_path: Path) -> None:

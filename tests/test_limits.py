@@ -27,7 +27,7 @@ from swanlab_ray.actors.delivery.sink import FINISH_DEADLINE_S, SCALAR_BYTES, Ro
 from swanlab_ray.actors.delivery.thinning import SERIES, SERIES_PER_SECOND, Beginnings, Thinning
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.swanlab import sdk
-from swanlab_ray.actors.swanlab.limits import HIGHEST_STEP, fit_config, fitting
+from swanlab_ray.actors.swanlab.limits import HIGHEST_STEP, Limits, fit_config, fitting
 from swanlab_ray.actors.wire.events import State
 from swanlab_ray.actors.writer import ending, telling
 from swanlab_ray.observer.observer import FINISH_TIMEOUT_S
@@ -108,6 +108,26 @@ def test_a_fitted_name_is_one_that_swanlab_leaves_as_it_is(name: str) -> None:
 
 
 names = st.lists(st.text(max_size=20) | st.sampled_from(NASTY), min_size=5, max_size=25, unique=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "stands_as"),
+    [
+        ("é\n\x1b[31m", r"é\n\x1b[31m", "é␊␛[31m"),
+        ("loss\xa0", r"loss\xa0", "loss"),
+        ("\\alpha/", r"\alpha/", r"\alpha"),
+        ("n" * 600, f"{'n' * 40}...{'n' * 20}", None),
+    ],
+)
+def test_a_name_and_what_stands_for_it_are_told_apart(name: str, written: str, stands_as: str | None) -> None:
+    told: list[str] = []
+    assert len(Limits(told.append).fit(0, {name: 1.0})) == 1
+    (sentence,) = told
+    before, after = sentence.split(" is no name for SwanLab: it stands there as ")
+    assert before == f"'{written}'"
+    assert after != f"'{written}'."
+    assert stands_as is None or after == f"'{stands_as}'."
+    assert sentence.isprintable()
 
 
 @pytest.mark.parametrize("mode", MODES)

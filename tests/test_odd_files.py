@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ from click.testing import CliRunner, Result
 
 from swanlab_ray.actors.journal import framing
 from swanlab_ray.actors.journal.files import run_directory
-from swanlab_ray.actors.journal.records import VERSION, Alert, Entry
+from swanlab_ray.actors.journal.records import VERSION, Alert, Batch, Closed, Ended, Entry
 from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.runs.summary import ledger, summarise
+from swanlab_ray.actors.wire.codec import encode_batch
+from swanlab_ray.actors.wire.messages import Counts
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.history import archive
 from swanlab_ray.observer.transport import channel as channel_module
@@ -27,6 +32,7 @@ from tests.incarnations import Cluster, Link, mortal, rank, settings_for
 from tests.journals import write_file
 from tests.swanlab_cloud import SwanLabCloud
 from tests.test_looking import everything_called, header
+from tests.test_reading import arrived
 
 # The threads of a killed writer end.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -88,6 +94,34 @@ def newer(tmp_path: Path) -> Path:
     journal(tmp_path, "today")
     journal(tmp_path, "tomorrow", version=VERSION + 1)
     return tmp_path
+
+
+def test_one_is_no_plural(tmp_path: Path) -> None:
+    """Of anything that show, verify and sync count."""
+    entries = everything_called("x")
+    one = [replace(entry, events=1) if isinstance(entry, Batch) else entry for entry in entries]
+    directory = journal(tmp_path, "r", one).parent
+    with SwanLabCloud() as cloud:
+        commands = (["show", "--log-dir", tmp_path], ["verify", tmp_path], ["sync", directory])
+        said = "".join(invoke(*command, **cloud.environment()).stdout for command in commands)
+    for counted in ("1 rank\n", "1 event,", "in 1 file of 1 writer,", "1 scalar written", "1 row,", "1 batch,"):
+        assert counted in said
+    assert not re.search(r"(?<![\d.,:])1 [a-z]+s\b", said), said
+
+
+def test_late_and_repeated_values_are_shown_where_the_writer_has_counted_them(tmp_path: Path) -> None:
+    """One of an earlier version has not."""
+    closed = Closed(written=1, thinned=0, withheld=0, complete=True)
+    journal(tmp_path, "today", [closed.model_copy(update={"late": 2, "repeated": 3})])
+    shown = invoke("show", "today", "--log-dir", tmp_path).stdout
+    assert "  late: 2 values that came after" in shown
+    assert "  repeated: 3 values that their rank had logged before" in shown
+    journal(tmp_path, "earlier", [closed])
+    shown = invoke("show", "earlier", "--log-dir", tmp_path).stdout
+    assert "late:" not in shown
+    assert "repeated:" not in shown
+    told = json.loads(invoke("show", "earlier", "--json", "--log-dir", tmp_path).stdout)["in_swanlab"]
+    assert (told["late"], told["repeated"]) == (None, None)
 
 
 def test_a_journal_of_a_newer_version_hides_no_other(newer: Path) -> None:
@@ -183,6 +217,26 @@ def test_strays_are_named(tmp_path: Path) -> None:
     assert invoke("verify", path).exit_code == 0
 
 
+def test_a_run_is_named_by_its_id_the_beginning_of_it_or_its_directory(tmp_path: Path) -> None:
+    """Which of no run and several it is stands in the sentence, and what may be written instead."""
+    for number, run_id in enumerate(("lr-1", "lr-2", "other")):
+        journal(tmp_path, run_id, time_ns=number + 1)
+    for name in ("other", "o", tmp_path / "observer" / "other", f"{tmp_path}/observer/other/"):
+        for command in (["show"], ["trace", "-o", tmp_path / "t.json"]):
+            done = invoke(*command, name, "--log-dir", tmp_path)
+            assert done.exit_code == 0, done.output
+            assert "other" in done.stdout
+    for name in ("lr", f"{tmp_path}/observer"):
+        done = invoke("show", name, "--log-dir", tmp_path)
+        assert done.exit_code == 1
+        several = "2 runs: lr-1, lr-2" if name == "lr" else "3 runs: lr-1, lr-2, other"
+        assert f"'{name}' names {several}; write one of these." in done.stderr
+    for name in ("", "nobody", f"{tmp_path}/nowhere"):
+        done = invoke("show", name, "--log-dir", tmp_path)
+        assert done.exit_code == 1
+        assert f"'{name}' names no run in {tmp_path}; there are: lr-1, lr-2, other." in done.stderr
+
+
 def test_two_runs_of_one_id_in_two_log_directories_are_not_silently_one(tmp_path: Path) -> None:
     """They may be one run that went to another machine, or two; nothing in the files tells, so it is said."""
     for name in ("a", "b"):
@@ -216,8 +270,8 @@ def test_a_spool_whose_journal_is_gone_or_cut_off_is_not_the_whole_run(
     assert (run.only_spooled, run.untaken) == (True, False)
     assert (account.spooled, account.missing, account.refused) == (1, 2, 1)
     assert (account.logged, account.written, account.dropped) == (3, 0, {})
-    shown = "\n".join(archive.describe(run))
-    assert "the journal of this run is not here: the other 1 events lie in 1 spool file" in shown
+    shown = "\n".join(archive.describe(run, {}))
+    assert "the journal of this run is not here: the other 1 event lies in 1 spool file" in shown
 
 
 def test_what_a_rank_had_to_drop_stands_in_its_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +311,37 @@ def test_what_a_spool_and_the_journal_have_both_is_counted_once(
     assert account.written > 0
     assert (account.logged, account.written + account.spooled, account.missing) == (30, 30, 0)
     cluster.kill()
+
+
+@pytest.mark.parametrize("dropped", [{}, {tally_module.OVERFLOW: 5}])
+@pytest.mark.parametrize("spool_is_there", [True, False])
+def test_so_it_is_where_only_the_rank_s_own_count_tells_of_the_spool(
+    tmp_path: Path, spool_is_there: bool, dropped: dict[str, int]
+) -> None:
+    """A disk that was full: of 20 events 10 were acknowledged and 10 put aside; the journal has 15. Also a writer that
+    recovers says so."""
+    directory = run_directory(tmp_path, "r")
+    life = "a" * 16
+    lost = sum(dropped.values())
+    counts = Counts(logged=20 + lost, spooled=10, dropped=dropped)
+    ended = Ended(rank=0, life=life, state="success", ended_ns=2, counts=counts)
+    batches = [Batch(0, life, seq, 1, 5, encode_batch([])) for seq in range(4)]
+    closed = Closed(written=1, thinned=0, withheld=0, complete=True)
+    entries: list[Entry] = [arrived(life=life, world_size=1), *batches[:3], ended, closed]
+    write_file(directory / "journal-000001.log", header("r"), entries)
+    if spool_is_there:
+        write_file(directory / f"spool-0-{life}-0000.log", header("r", "spool", epoch=0), [*batches[2:], ended])
+    (run,) = find_runs([tmp_path])
+    (account,) = archive.load_run(run).accounts
+    assert (account.logged, account.written, account.spooled) == (20 + lost, 15, 5)
+    assert (account.missing, account.dropped) == (0, dropped)
+    verified = invoke("verify", tmp_path)
+    assert verified.exit_code == 0
+    assert ("rank 0 has 5 events on a disk of its own: copy" in verified.stdout) == (not spool_is_there)
+    said = "everything is there" if spool_is_there else "what is there is whole, but it may not be all: see above"
+    assert verified.stdout.splitlines()[-1] == said
+    recovered = ledger(summarise(run.journals).ranks()[0])
+    assert (recovered.received, recovered.counts.logged, recovered.counts.spooled) == (15, 20 + lost, 5)
 
 
 def test_files_that_are_not_there_are_told_as_a_range(tmp_path: Path) -> None:

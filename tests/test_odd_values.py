@@ -6,6 +6,7 @@ import dataclasses
 import decimal
 import enum
 import fractions
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.events import Completions, Scalars
+from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.history import archive
 from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.observer import Observer
@@ -288,6 +291,16 @@ def test_no_call_of_an_observer_that_observes_nothing_raises(call: Callable[[Any
     call(DisabledObserver(ObserverSettings(mode="disabled"), Identity(0, 1, 0, 1)))
 
 
+def test_a_number_beyond_floats_is_too_large(
+    link: ShakyLink, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    observer.log({"x": 1.0, "big": 10**400, "fraction": fractions.Fraction(-(10**400)), "beyond_64_bits": 10**30}, 0)
+    assert observer.finish()
+    assert arrived(link) == {"x": 1.0, "beyond_64_bits": 1e30}
+    assert "'big' is not logged: int is too large; log numbers below" in caplog.text
+    assert "'fraction' is not logged: Fraction is too large" in caplog.text
+
+
 def test_what_is_masked_is_no_number(link: ShakyLink, observer: Observer, caplog: pytest.LogCaptureFixture) -> None:
     observer.log(
         {"constant": np.ma.masked, "array": np.ma.array(3.0, mask=True), "shown": np.ma.array(3.0, mask=False)}, 0
@@ -364,4 +377,32 @@ def test_what_was_refused_stands_in_the_journal(tmp_path: Path, monkeypatch: pyt
     assert second.outcome.rejected == 2
     run = archive.load_run(cluster.files)
     assert [account.refused for account in run.accounts] == [1, 1]
-    assert any(line.startswith("  refused: 2 values or calls") for line in archive.describe(run))
+    assert any(line.startswith("  refused: 2 values or calls") for line in archive.describe(run, {}))
+
+
+@pytest.mark.parametrize("whose", ["rank", "writer"])
+def test_every_wrong_value_is_counted_whoever_finds_it(
+    whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What msgspec encodes, such as text, None and a list, is found by who decodes it; with 1j the rank finds all."""
+    mortal(monkeypatch)
+    cluster = Cluster(settings_for(tmp_path))
+    observer = rank(cluster, Link(cluster))
+    wrong = {"text": "text", "none": None, "list": [1, 2], "nested": {"b": b"x"}}
+    for step in range(10):
+        observer.log({"x": 1.0} | wrong | ({"complex": 1j} if whose == "rank" else {}), step)
+    assert observer.finish()
+    refused = 10 * len(wrong) + (10 if whose == "rank" else 0)
+    assert observer.outcome is not None
+    assert observer.outcome.rejected == refused
+
+    def invoke(*arguments: str) -> str:
+        done = CliRunner().invoke(main, [*arguments, "--log-dir", str(tmp_path)], catch_exceptions=False)
+        assert done.exit_code == 0
+        return done.stdout
+
+    assert f"  refused: {refused} values or calls" in invoke("show")
+    (shown,) = json.loads(invoke("show", "--json"))["ranks"]
+    assert shown["refused"] == refused
+    (listed,) = json.loads(invoke("runs", "--json"))[0]["ranks"]
+    assert listed.keys() == shown.keys() - {"refused"}  # nobody has looked into the batches

@@ -80,7 +80,7 @@ def summary_of(*taken: Entry) -> Summary:
 
 
 def test_the_ledger_of_a_rank_adds_up_its_lives() -> None:
-    """Whichever of both counted more: what is in the journal was logged."""
+    """What is in the journal was logged, and is not put aside as well."""
     lives = [
         Life(events=5, ended=ended(0, "lost", logged=11, spooled=2, dropped={"full": 3, "late": 1}, refused=4)),
         Life(events=7, ended=ended(0, "success", logged=6, spooled=1, dropped={"full": 10}, refused=1)),
@@ -88,7 +88,7 @@ def test_the_ledger_of_a_rank_adds_up_its_lives() -> None:
     ]
     assert ledger(lives) == Account(
         14,
-        Counts(logged=11 + 7 + 2, spooled=3, dropped={"full": 13, "late": 1}, refused=5),
+        Counts(logged=11 + 7 + 2, spooled=2, dropped={"full": 13, "late": 1}, refused=5),
     )
     assert ledger([]) == Account()
 
@@ -329,7 +329,15 @@ def test_records_of_the_first_version_are_read(tmp_path: Path) -> None:
         b'{"type":"header","time_ns":1,"format":"swanlab-ray","version":1,"kind":"journal","run_id":"r","epoch":1,'
         b'"host":"h","pid":1,"settings":{}}': header(package="", reduction_version=0),
         b'{"type":"closed","time_ns":1,"written":1,"thinned":2,"withheld":3,"complete":true}': Closed(
-            time_ns=1, written=1, thinned=2, withheld=3, complete=True, completions=0, completions_dropped=0
+            time_ns=1,
+            written=1,
+            thinned=2,
+            withheld=3,
+            complete=True,
+            completions=0,
+            completions_dropped=0,
+            late=None,
+            repeated=None,
         ),
         b'{"type":"delivered","time_ns":1,"rows":5}': Delivered(time_ns=1, rows=5, reduction_version=0),
         b'{"type":"opened","time_ns":1,"mode":"offline"}': Opened(time_ns=1, mode="offline", run_dir=None, url=None),

@@ -352,6 +352,35 @@ def test_verify_finds_what_is_gone(tmp_path: Path, harm: str) -> None:
     assert "DAMAGED" in checked.output or "MISSING" in checked.output
 
 
+@pytest.mark.parametrize("harm", ["none", "running", "file", "half", "to the end of a record"])
+def test_verify_claims_nothing_of_what_the_files_cannot_tell(tmp_path: Path, harm: str) -> None:
+    """The last file was removed or cut in half: what is there is whole, as after a kill, and that is all it says."""
+    cluster = Cluster(settings_for(tmp_path))
+    observer = rank(cluster, Link(cluster))
+    for step in range(5):
+        observer.log({"x": step}, step)
+        assert observer.flush()
+    cluster.kill()
+    observer.log({"x": 5}, 5)
+    assert observer.flush()
+    last = cluster.files.journals[-1]
+    open_still = CliRunner().invoke(main, ["verify", str(tmp_path)])
+    assert observer.finish()
+    if harm == "file":
+        last.unlink()
+    elif harm == "half":
+        last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    elif harm == "to the end of a record":
+        ends = [found[0] for found in entries(last) if not isinstance(found, Damaged)]
+        last.write_bytes(last.read_bytes()[: ends[1]])
+    checked = open_still if harm == "running" else CliRunner().invoke(main, ["verify", str(tmp_path)])
+    assert checked.exit_code == 0, checked.output
+    assert ("somebody is at work on it" in checked.output) == (harm == "running")
+    said = checked.output.splitlines()[-1]
+    assert said.startswith("everything is there" if harm == "none" else "what is there is whole, but it may not be all")
+    assert ("the files tell of no end: what may" in checked.output) == (harm not in ("none", "running"))
+
+
 def test_damage_in_the_middle_is_named_with_its_rank_and_steps(tmp_path: Path) -> None:
     cluster = Cluster(settings_for(tmp_path))
     observers = [rank(cluster, Link(cluster), number, 2) for number in range(2)]

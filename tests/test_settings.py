@@ -49,7 +49,7 @@ def test_every_parameter_has_its_default_and_type(name: str, kind: type, default
     [
         ({"project": "p", "mode": "invalid-mode"},
          "Invalid swanlab_mode: 'invalid-mode'. Valid options: cloud, local, offline, disabled"),
-        ({"project": ""}, "swanlab_project cannot be an empty string."),
+        ({"project": ""}, "swanlab_project cannot be an empty string. Give the project a name, or leave it out."),
         ({"use_swanlab": True},
          "SwanLab enabled but 'swanlab_project' is not set: pass project='my-project' or set SWANLAB_PROJ_NAME."),
         ({"projekt": "p"}, "Unknown setting 'projekt': did you mean 'project'?"),

@@ -26,7 +26,7 @@ from swanlab_ray.actors.settings import ObserverSettings, tidy_environment
 from swanlab_ray.actors.swanlab import sdk
 from swanlab_ray.actors.swanlab.limits import fit_config
 from swanlab_ray.actors.wire.events import State
-from swanlab_ray.actors.wire.text import brief
+from swanlab_ray.actors.wire.text import brief, many
 
 OPEN_RETRY_S = (1.0, 30.0)
 """First and longest pause between two attempts to open SwanLab's run."""
@@ -236,8 +236,8 @@ class SwanLabRun(Sink):
         self.withheld += missing
         if missing and not self._restarted:
             self.notice(
-                f"SwanLab's run has not taken {missing} scalars: it keeps the first value of a step. The journal has "
-                "all."
+                f"SwanLab's run has not taken {many(missing, 'scalar')}: it keeps the first value of a step. The "
+                "journal has all."
             )
         if self.complete:
             for directory in self._replaced:

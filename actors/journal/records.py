@@ -148,6 +148,10 @@ class Closed(_Control):
     """Rows of completions that came."""
     completions_dropped: int = 0
     """Those of them, and of those that their ranks left out, that got into no table."""
+    late: int | None = None
+    """Values that came after their step was reduced; None: the writer was of a version that did not tell."""
+    repeated: int | None = None
+    """Values of a rank for a name at a step that it had logged before; None as above."""
 
 
 Control = Annotated[

@@ -17,8 +17,11 @@ class Account:
 
     @classmethod
     def of(cls, received: int, counts: Counts) -> Account:
-        """That of one life, which has logged at least what was received."""
-        return cls(received, counts.model_copy(update={"logged": max(counts.logged, received)}))
+        """That of one life, which has logged at least what was received. What it has put aside and the journal has as
+        well, since the answer never came, is in the journal."""
+        logged = max(counts.logged, received)
+        elsewhere = max(0, logged - received - sum(counts.dropped.values()))
+        return cls(received, counts.model_copy(update={"logged": logged, "spooled": min(counts.spooled, elsewhere)}))
 
     def __add__(self, other: Account) -> Account:
         one, also = self.counts, other.counts

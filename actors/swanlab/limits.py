@@ -114,8 +114,8 @@ def fitting(name: str) -> str | None:
 
 
 def shown(name: str) -> str:
-    """A name in a sentence: short, and on one line."""
-    text = one_line(name)
+    """A name in a sentence: short, on one line, and never as one that stands for it: its controls are escaped."""
+    text = name if name.isprintable() else repr(name)[1:-1]
     return f"{text[:40]}...{text[-20:]}" if len(text) > 63 else text
 
 

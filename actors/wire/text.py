@@ -31,3 +31,8 @@ def brief(error: BaseException) -> str:
     """An error in one line."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+
+
+def many(number: int, noun: str) -> str:
+    """Such as ``1 event`` and ``2 events``."""
+    return f"{number} {noun}{'s' * (number != 1)}"

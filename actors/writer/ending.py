@@ -101,5 +101,7 @@ class Ending:
                 complete=sink.complete and reducer.closed,
                 completions=reducer.completions.taken,
                 completions_dropped=reducer.completions_dropped,
+                late=reducer.late,
+                repeated=reducer.repeated,
             )
         )

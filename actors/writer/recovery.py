@@ -15,6 +15,7 @@ from swanlab_ray.actors.notify.messages import RESTARTED
 from swanlab_ray.actors.notify.notices import Notices
 from swanlab_ray.actors.runs.summary import Summary
 from swanlab_ray.actors.settings import ObserverSettings
+from swanlab_ray.actors.wire.text import many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +70,7 @@ def recover(journal: Journal, on_disk: OnDisk, settings: ObserverSettings, notic
     if damaged:
         notices(f"The journal of this run is damaged; see: swanlab-ray verify {journal.directory}")
     log(
-        f"the journal has {summary.events} events of {len(summary.ranks())} ranks "
+        f"the journal has {many(summary.events, 'event')} of {many(len(summary.ranks()), 'rank')} "
         f"(read in {time.monotonic() - began:.1f} s): {journal.directory}"
     )
     sessions = Sessions(summary)

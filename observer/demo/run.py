@@ -23,6 +23,7 @@ from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.actors.settings import LOG_DIR_VARIABLES, ObserverSettings
 from swanlab_ray.actors.wire.naming import absolute
 from swanlab_ray.actors.wire.status import WriterStatus, status_line
+from swanlab_ray.actors.wire.text import many
 from swanlab_ray.observer.agent.starting import Agent
 from swanlab_ray.observer.history.breakdown import breakdown, phases_table
 from swanlab_ray.observer.job.identity import fresh_run_id
@@ -54,7 +55,7 @@ def run_demo(settings: ObserverSettings, ranks: int, steps: int, console: Consol
     run_id = settings.run_id or fresh_run_id("demo")
     _make_directory(settings.log_dir)
     log_path = settings.log_dir / f"{run_id}.log"
-    say(console, f"Training a small Llama: {ranks} ranks, {steps} steps, run {run_id}.")
+    say(console, f"Training a small Llama: {many(ranks, 'rank')}, {many(steps, 'step')}, run {run_id}.")
     say(console, "Starting torchrun, its ranks and a Ray cluster (about 20 s) ...")
     if meant() is None:
         Agent(run_id, settings.dashboard).begin()  # while torch is being imported

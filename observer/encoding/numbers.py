@@ -43,6 +43,8 @@ def _to_float(value: Any) -> float:
             return float(value)
     except (OnDevice, NotANumber):
         raise
+    except OverflowError:
+        raise NotANumber(f"{type(value).__name__} is too large; log numbers below 1.8e308") from None
     except Exception:
         pass
     raise NotANumber(f"{type(value).__name__} is not a number; log numbers")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,8 +19,8 @@ from swanlab_ray.actors.runs.finding import RunFiles, find_runs
 from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.runs.summary import Summary, ending, summarise
 from swanlab_ray.actors.wire.events import JOB, Completions, Scalars, Spans, Stacks
-from swanlab_ray.actors.wire.text import first_line
-from swanlab_ray.observer.history.ledger import Ledger, ledgers
+from swanlab_ray.actors.wire.text import first_line, many
+from swanlab_ray.observer.history.ledger import Ledger, ledgers, with_rejected
 from swanlab_ray.observer.looking.render import Column, Grid, cell
 
 SHOWN_VALUES = 20
@@ -73,8 +73,14 @@ class Run:
         """Damaged places, without writes that a kill cut off."""
         return [damaged for damaged in self.summary.damaged if not damaged.damage.torn]
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, for ``--json``."""
+    def as_json(self, rejected: Mapping[int, int] | None = None) -> dict[str, Any]:
+        """Plain values, for ``--json``.
+
+        Args:
+            rejected: wrong values that were found in the batches, by rank. Without it nothing is said of those that
+                were refused: a rank counts what it finds itself.
+        """
+        told = [name for name in Ledger.__dataclass_fields__ if name != "refused" or rejected is not None]
         summary, settings = self.summary, self.files.header.settings
         return {
             "run_id": self.files.run_id,
@@ -96,7 +102,8 @@ class Run:
             else None,
             "damaged": len(self.damage),
             "ranks": [
-                {name: getattr(account, name) for name in Ledger.__dataclass_fields__} for account in self.accounts
+                {name: getattr(account, name) for name in told}
+                for account in with_rejected(self.accounts, rejected or {})
             ],
             "alerts": [alert.text for alert in summary.alerts],
         }
@@ -131,11 +138,6 @@ def unreadable(error: UnknownFormat | OSError) -> str:
     return str(error)
 
 
-def run_ids(log_dir: Path) -> list[str]:
-    """The runs under a log directory, oldest first; none where there is no such directory."""
-    return [files.run_id for files in find_runs([log_dir])] if log_dir.exists() else []
-
-
 def load_run(files: RunFiles) -> Run:
     """Read one run from end to end."""
     journal = summarise(files.journals)
@@ -161,13 +163,13 @@ def _times_of_events(files: RunFiles) -> tuple[int, int]:
     return min(found, default=0), max(found, default=0)
 
 
-def find(log_dir: Path, run_id: str | None) -> Run | None:
-    """The run of this id, or the only one whose id begins so; the latest one where no id is given."""
+def matching(log_dir: Path, run_id: str | None) -> list[RunFiles]:
+    """The run of this id, or all whose ids begin so, oldest first; the latest one where no id is given. None where
+    there is no such directory."""
     runs = find_runs([log_dir]) if log_dir.exists() else []
     if run_id is None:
-        return load_run(runs[-1]) if runs else None
-    matching = [run for run in runs if run.run_id == run_id] or [run for run in runs if run.run_id.startswith(run_id)]
-    return load_run(matching[0]) if len(matching) == 1 else None
+        return runs[-1:]
+    return [run for run in runs if run.run_id == run_id] or [run for run in runs if run.run_id.startswith(run_id)]
 
 
 def missing_files(run: RunFiles) -> list[str]:
@@ -212,11 +214,16 @@ def stacks(files: RunFiles) -> list[tuple[int, Stacks]]:
     ]
 
 
-def latest_values(run: Run) -> dict[str, tuple[int, float]]:
+def latest_values(run: Run, batches: BatchReader | None = None) -> dict[str, tuple[int, float]]:
     """The value of each name that the job or rank 0 logged at its highest step; as in SwanLab the first one there, and
-    none that a training has replaced which went back."""
+    none that a training has replaced which went back.
+
+    Args:
+        run: of which.
+        batches: reads them all; by default a new one.
+    """
     latest: dict[str, tuple[int, float]] = {}
-    superseded, batches = supersession(run.files), BatchReader()
+    superseded, batches = supersession(run.files), batches or BatchReader()
     for entry in merged(run.files):
         if not isinstance(entry, Batch):
             continue
@@ -284,31 +291,35 @@ def ledger_table(accounts: list[Ledger]) -> Grid:
     return grid
 
 
-def describe(run: Run) -> Iterator[str]:
-    """A run in a few lines."""
+def describe(run: Run, rejected: Mapping[int, int]) -> Iterator[str]:
+    """A run in a few lines; ``rejected`` as in :meth:`Run.as_json`."""
     summary, settings = run.summary, run.files.header.settings
     name = settings.get("experiment_name") or run.files.run_id
     state = f"{run.state}, only spooled" if run.only_spooled else run.state
     yield f"{settings.get('project', '?')} / {name} ({settings.get('mode', '?')}): {state}"
     if summary.finished and summary.finished.error:
         yield f"  {first_line(summary.finished.error)}"
-    yield f"  from {moment(run.first_ns)} to {moment(run.last_ns)}, {summary.world_size} ranks"
+    yield f"  from {moment(run.first_ns)} to {moment(run.last_ns)}, {many(summary.world_size, 'rank')}"
     yield from _places(run)
     if summary.closed is not None:
         closed = summary.closed
         complete = "complete" if closed.complete and not closed.thinned else "not complete"
         yield (
-            f"  SwanLab ({complete}): {closed.written} scalars written, {closed.thinned} thinned, "
+            f"  SwanLab ({complete}): {many(closed.written, 'scalar')} written, {closed.thinned} thinned, "
             f"{closed.withheld} withheld; {_place(summary) or 'nowhere'}"
         )
+        if closed.late:
+            yield f"  late: {many(closed.late, 'value')} that came after their step was written"
+        if closed.repeated:
+            yield f"  repeated: {many(closed.repeated, 'value')} that their rank had logged before at a step"
         if closed.completions:
             yield (
-                f"  completions: {closed.completions} rows, {closed.completions_dropped} more than the tables' bound; "
-                f"see them with: swanlab-ray show {shlex.quote(run.files.run_id)} --completions"
+                f"  completions: {many(closed.completions, 'row')}, {closed.completions_dropped} more than the tables' "
+                f"bound; see them with: swanlab-ray show {shlex.quote(run.files.run_id)} --completions"
             )
     elif place := _place(summary):
         yield f"  SwanLab: {place}"
-    if refused := sum(account.refused for account in run.accounts):
+    if refused := sum(account.refused for account in with_rejected(run.accounts, rejected)):
         yield f"  refused: {refused} values or calls that were wrong, each named once in its rank's output"
     for damaged in run.damage:
         yield f"  damaged: {damaged.path.name} at {damaged.damage.offset}: {damaged.damage.reason}"
@@ -322,14 +333,14 @@ def _places(run: Run) -> Iterator[str]:
     if not run.only_spooled:
         writers = len({(header.host, header.pid) for header in summary.headers if header.kind == "journal"})
         yield (
-            f"  journal: {summary.events} events, {_size(summary.size)} in {summary.files} files of {writers} writers, "
-            f"{run.files.paths[0].parent}"
+            f"  journal: {many(summary.events, 'event')}, {_size(summary.size)} in {many(summary.files, 'file')} of "
+            f"{many(writers, 'writer')}, {run.files.paths[0].parent}"
         )
     else:
         directory = run.files.paths[0].parent
         why = "no writer took this run: its" if run.untaken else "the journal of this run is not here: the other"
         yield (
-            f"  {why} {summary.events} events lie in {spools} spool file{'s' * (spools != 1)} "
+            f"  {why} {many(summary.events, 'event')} lie{'s' * (summary.events == 1)} in {many(spools, 'spool file')} "
             f"of its ranks, {_size(summary.size)}, {directory}; "
             f"upload them with: swanlab-ray sync {shlex.quote(str(directory))}"
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from swanlab_ray.actors.runs.account import Account
 from swanlab_ray.actors.runs.summary import KILLED, Life, Summary
 from swanlab_ray.actors.wire.messages import Counts
 
@@ -33,7 +34,7 @@ class Ledger:
     missing: int
     """Was in the files and is not any more: damage. At least so many."""
     refused: int
-    """Values, and whole calls, that were wrong and are no events: no part of the sum."""
+    """Values, and whole calls, that the rank found wrong and are no events: no part of the sum."""
 
 
 def ledgers(
@@ -51,9 +52,10 @@ def ledgers(
             # What a rank has put aside tells more of its end than a writer that has lost it.
             ended = said.ended if said.ended and said.ended.state != "lost" else whole.ended
             counts = ended.counts if ended else Counts()
+            lost = {reason: count for reason, count in counts.dropped.items() if reason != KILLED}
+            counts = Account.of(said.events, counts.model_copy(update={"dropped": lost})).counts
             found = spooled.get((rank, name), 0)  # what the journal has as well is not counted twice
             kept = found if any(name in path.name for path in spools) else max(found, counts.spooled)
-            lost = {reason: count for reason, count in counts.dropped.items() if reason != KILLED}
             refused += counts.refused
             rest = max(0, counts.logged - said.events - kept - sum(lost.values()))
             written, aside = written + said.events, aside + kept
@@ -84,3 +86,9 @@ def ledgers(
             missing=missing,
             refused=refused,
         )
+
+
+def with_rejected(accounts: Iterable[Ledger], rejected: Mapping[int, int]) -> Iterator[Ledger]:
+    """The same with the wrong values that only who reads the batches finds, such as None: a rank sends them on."""
+    for account in accounts:
+        yield replace(account, refused=account.refused + rejected.get(account.rank, 0))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 
 import click
@@ -13,8 +14,27 @@ from swanlab_ray.actors.journal.reading import Damaged, entries
 from swanlab_ray.actors.journal.records import Batch, Header, UnknownFormat
 from swanlab_ray.actors.runs.finding import RunFiles, find_runs
 from swanlab_ray.actors.wire.codec import Undecodable, decode_batch
+from swanlab_ray.actors.wire.text import many
 from swanlab_ray.actors.wire.version import package_version
 from swanlab_ray.observer.history import archive
+
+
+class Verdict(IntEnum):
+    """What can be said of journals; of several, the worst."""
+
+    WHOLE = 0
+    MORE = 1
+    DAMAGED = 2
+
+    def __str__(self) -> str:
+        return _VERDICTS[self]
+
+
+_VERDICTS = {
+    Verdict.WHOLE: "everything is there",
+    Verdict.MORE: "what is there is whole, but it may not be all: see above",
+    Verdict.DAMAGED: "something is damaged or missing",
+}
 
 UNREAD_SHOWN = 10
 """Batches of a file that are named each."""
@@ -67,8 +87,8 @@ def _unread(batch: Batch) -> list[str]:
     return [f"{where}: {bad.key}: {bad.reason}" for bad in rejected if bad.whole]
 
 
-def verify(paths: Sequence[Path], say: Callable[[str], None]) -> bool:
-    """Check the journals at or under these paths; whether everything is there, as far as the files can tell.
+def verify(paths: Sequence[Path], say: Callable[[str], None]) -> Verdict:
+    """Check the journals at or under these paths.
 
     Args:
         paths: files, run directories, log directories.
@@ -86,18 +106,18 @@ def verify(paths: Sequence[Path], say: Callable[[str], None]) -> bool:
     if not found and not strays:
         raise click.ClickException(f"No journal lies under {', '.join(repr(str(path)) for path in paths)}.")
     # Every run is looked at, whatever was found in those before.
-    return all([*(_check_readable(run, say) for run in found), not strays])
+    return max([*(_check_readable(run, say) for run in found), *(Verdict.DAMAGED for _ in strays)])
 
 
-def _check_readable(files: RunFiles, say: Callable[[str], None]) -> bool:
+def _check_readable(files: RunFiles, say: Callable[[str], None]) -> Verdict:
     try:
         return _check(files, say)
     except (UnknownFormat, OSError) as error:
         say(f"run {files.run_id}: {archive.unreadable(error)}")
-        return False
+        return Verdict.DAMAGED
 
 
-def _check(files: RunFiles, say: Callable[[str], None]) -> bool:
+def _check(files: RunFiles, say: Callable[[str], None]) -> Verdict:
     run = archive.load_run(files)
     say(f"run {files.run_id}: {run.state}")
     if files.ambiguous:
@@ -121,19 +141,34 @@ def _check(files: RunFiles, say: Callable[[str], None]) -> bool:
         if account.missing:
             whole = False
             say(f"  rank {account.rank}: {account.missing} events that were acknowledged are MISSING")
+    more = list(_perhaps_more(run))
+    for sentence in more:
+        say(f"  {sentence}")
+    return Verdict.DAMAGED if not whole else Verdict.MORE if more else Verdict.WHOLE
+
+
+def _perhaps_more(run: archive.Run) -> Iterator[str]:
+    """Why these files may not be all of the run, whole as they are."""
     if run.state == "unfinished":
-        say("  the files tell of no end: what may have come after them cannot be checked")
-    return whole
+        yield "the files tell of no end: what may have come after them cannot be checked"
+    elif run.state == "running":
+        yield "somebody is at work on it: what comes after this has not been checked"
+    for account in run.accounts:
+        here = sum(life.events for (rank, _), life in run.summary.lives.items() if rank == account.rank)
+        aside = account.written + account.spooled - here
+        if aside > 0:
+            yield f"rank {account.rank} has {many(aside, 'event')} on a disk of its own: copy its spool to the journal"
 
 
 def _tell_file(report: FileReport, say: Callable[[str], None]) -> None:
-    say(f"  {report.path}: {report.records} records, {report.batches} batches, {report.events} events")
+    batches = f"{report.batches} batch{'es' * (report.batches != 1)}"
+    say(f"  {report.path}: {many(report.records, 'record')}, {batches}, {many(report.events, 'event')}")
     if not report.records and not report.damaged:
         say("    it is EMPTY: its writer was killed as it began, or the disk has lost what was in it")
     for damaged in report.damaged:
         place = f"bytes {damaged.damage.offset} to {damaged.damage.end}"
         if damaged.damage.torn:
-            say(f"    {place}: cut off, as by a kill in the middle of a write (never acknowledged then)")
+            say(f"    {place}: cut off: by a kill in the middle of a write, never acknowledged then, or by a cut later")
         else:
             say(f"    {place}: DAMAGED, {damaged.damage.reason}")
     for unread in report.unread[:UNREAD_SHOWN]:

@@ -8,8 +8,9 @@ import click
 import msgspec
 
 from swanlab_ray.actors.completions.tables import readable
+from swanlab_ray.actors.journal.batches import BatchReader
 from swanlab_ray.actors.runs.finding import RunFiles
-from swanlab_ray.actors.wire.text import harmless, one_line
+from swanlab_ray.actors.wire.text import harmless, many, one_line
 from swanlab_ray.observer.history import archive, transcripts
 from swanlab_ray.observer.history.breakdown import breakdown, phases_table
 from swanlab_ray.observer.looking.render import headline, json_text, say, shown, terminal
@@ -17,13 +18,14 @@ from swanlab_ray.observer.looking.render import headline, json_text, say, shown,
 
 def show_run(run: archive.Run, as_json: bool) -> None:
     """How it ended, where every event of each rank is, what was alerted, the last values."""
-    values = archive.latest_values(run)
+    batches = BatchReader()
+    values = archive.latest_values(run, batches)
     if as_json:
         latest = {name: {"step": step, "value": value} for name, (step, value) in values.items()}
-        print(json_text(run.as_json() | {"latest": latest}))
+        print(json_text(run.as_json(batches.rejected) | {"latest": latest}))
         return
     console = terminal()
-    for line in archive.describe(run):
+    for line in archive.describe(run, batches.rejected):
         say(console, line)
     console.print(archive.ledger_table(run.accounts))
     for name, (step, value) in islice(values.items(), archive.SHOWN_VALUES):
@@ -42,7 +44,7 @@ def show_phases(files: RunFiles, last: int, as_json: bool) -> None:
     if not steps:
         raise _nothing(files, "has no spans: ObserverCallback and span() log them.")
     console = terminal()
-    say(console, f"mean of {len(steps)} steps, {steps[0].step} to {steps[-1].step}")
+    say(console, f"mean of {many(len(steps), 'step')}, {steps[0].step} to {steps[-1].step}")
     console.print(phases_table(steps))
     if found.straggler is not None:
         say(console, f"Straggler: {found.straggler}", "yellow")

@@ -6,7 +6,7 @@ from rich.console import Group
 
 from swanlab_ray.actors.wire.messages import ACTOR_PREFIX, NAMESPACE
 from swanlab_ray.actors.wire.status import RankStatus, WriterStatus, duration, standstill, status_line
-from swanlab_ray.actors.wire.text import first_line
+from swanlab_ray.actors.wire.text import first_line, many
 from swanlab_ray.observer.looking.render import Column, Grid, cell
 from swanlab_ray.observer.ray_cluster import finding as cluster
 
@@ -86,7 +86,7 @@ def rank_table(status: WriterStatus) -> Group:
         )
     hang = [cell(standstill(status.hang), "red")] if status.hang else []
     ledger = (
-        f"{status.received} events in the journal, {status.written} scalars written to SwanLab, "
+        f"{many(status.received, 'event')} in the journal, {many(status.written, 'scalar')} written to SwanLab, "
         f"lag {status.lag:.1f} s, dropped {status.dropped}"
     )
     return Group(cell(_title(status), "italic"), grid, *hang, cell(ledger))

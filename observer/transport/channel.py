@@ -16,6 +16,7 @@ from threading import Event
 
 from swanlab_ray.actors.wire.messages import Counts, Goodbye, Hello, Sign
 from swanlab_ray.actors.wire.status import WriterStatus
+from swanlab_ray.actors.wire.text import many
 from swanlab_ray.observer.encoding.numbers import Deferred
 from swanlab_ray.observer.job.doing import Pulse
 from swanlab_ray.observer.script import threads
@@ -23,7 +24,7 @@ from swanlab_ray.observer.script.notices import logger, warn_once
 from swanlab_ray.observer.transport.batches import Batches
 from swanlab_ray.observer.transport.connection import Connection
 from swanlab_ray.observer.transport.flusher import Flusher
-from swanlab_ray.observer.transport.last_words import LastWords, Ownership, in_words
+from swanlab_ray.observer.transport.last_words import LastWords, Ownership
 from swanlab_ray.observer.transport.link import Link
 from swanlab_ray.observer.transport.queue import EventQueue
 from swanlab_ray.observer.transport.spool import Spool
@@ -168,7 +169,7 @@ class Channel:
         """Put aside in place of the flusher, which stands still: in a lock that a fork left behind, or a hung call."""
         with self._ownership.instead(patience) as owner:
             if not owner:
-                left = in_words(self.statistics().waiting)
+                left = many(self.statistics().waiting, "event")
                 logger.warning("%s of this rank not sent, nor put on disk in time.", left)
             elif not self._ownership.lost and not self.done.is_set():
                 self._ownership.lost = True

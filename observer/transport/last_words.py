@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from swanlab_ray.actors.journal.records import Arrived, Ended, Entry
 from swanlab_ray.actors.wire.messages import Counts, Goodbye
 from swanlab_ray.actors.wire.status import WriterStatus
+from swanlab_ray.actors.wire.text import many
 from swanlab_ray.observer.script.notices import logger, warn_once
 from swanlab_ray.observer.transport.batches import Batches
 from swanlab_ray.observer.transport.connection import Connection
@@ -145,12 +146,14 @@ class LastWords:
         self._batches.forget()
         self._window.under_way.clear()
         if left:
-            logger.warning("Lost, since it did not reach the writer: %s of this rank (%s).", in_words(left), reason)
+            logger.warning(
+                "Lost, since it did not reach the writer: %s of this rank (%s).", many(left, "event"), reason
+            )
         path = self._batches.spool.path if self._batches.spool else None
         if self._tally.spooled and path is not None:
             logger.warning(
                 "%s of this rank did not reach the writer (%s). They are kept in %s: %s.",
-                in_words(self._tally.spooled),
+                many(self._tally.spooled, "event"),
                 reason,
                 path,
                 how_to_upload(path, met_a_writer=self._connection.times > 0),
@@ -169,8 +172,3 @@ def show(notices: list[str]) -> None:
     """What the writer has to say to the user of this rank, each sentence once."""
     for notice in notices:
         warn_once(notice, notice)
-
-
-def in_words(events: int) -> str:
-    """Such as ``1 event``."""
-    return f"{events} event{'s' * (events != 1)}"
