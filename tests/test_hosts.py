@@ -26,8 +26,7 @@ from tests.swanlab_file import ended_run
 
 JOB = """
     import os, sys, time
-    from contextlib import suppress
-from pathlib import Path
+    from pathlib import Path
     import torch.distributed as dist
     from swanlab_ray.observer import connect
 
@@ -35,10 +34,10 @@ from pathlib import Path
     dist.init_process_group("gloo")
     for step in range(30):
         observer.log({"loss": step + observer.rank}, step)
-        if step == 10 and "WAIT" in os.environ:
+        if step == 10 and "ALONE" in os.environ:
             assert observer.flush(300)
-            Path(os.environ["WAIT"], f"ready{observer.rank}").touch()
-            while not Path(os.environ["WAIT"], "go").exists():
+            Path(__file__).with_name(f"ready{observer.rank}").touch()
+            while not Path(__file__).with_name("go").exists():
                 time.sleep(0.01)
     if "ALONE" not in os.environ:
         dist.barrier()
@@ -72,6 +71,14 @@ class Job:
 
     def said(self) -> str:
         return "".join(self.output(number).read_text() for number in range(2))
+
+    def wait_reported(self) -> None:
+        """Until all ranks have, and wait themselves to :meth:`go_on`."""
+        wait_until(lambda: len(list(self.directory.glob("ready*"))) == 4 or "Error" in self.said(), 180, "ranks report")
+        assert "Error" not in self.said(), self.said()
+
+    def go_on(self) -> None:
+        (self.directory / "go").touch()
 
     def wait_over(self) -> None:
         """Until nothing is left on any machine: no process, and no file where agents live."""
@@ -136,14 +143,12 @@ def test_two_machines_without_ray_are_one_run(hosts: Hosts, tmp_path: Path) -> N
 @pytest.mark.takes(30)
 def test_a_killed_agent_or_rank_and_a_network_that_is_cut(hosts: Hosts, tmp_path: Path) -> None:
     """Cost nothing, but what the killed rank had not sent; and that it was killed is told at once, on every machine."""
-    wait = tmp_path / "wait"
-    wait.mkdir()
-    job = Job(hosts, tmp_path, WAIT=str(wait), ALONE="1", OBSERVER_RANK_TIMEOUT="600")
-    wait_until(lambda: len(list(wait.glob("ready*"))) == 4, 180, "all ranks have reported")
+    job = Job(hosts, tmp_path, ALONE="1", OBSERVER_RANK_TIMEOUT="600")
+    job.wait_reported()
     (agent,) = agents(hosts, 1)
     subprocess.run(["kill", "-9", str(agent)], check=True)
     hosts.cut(1)
-    (wait / "go").touch()
+    job.go_on()
     threading.Event().wait(CUT_S)
     hosts.mend(1)
     job.wait_over()
@@ -154,15 +159,13 @@ def test_a_killed_agent_or_rank_and_a_network_that_is_cut(hosts: Hosts, tmp_path
 @pytest.mark.takes(30)
 def test_a_rank_that_is_killed_on_another_machine_is_told_within_seconds(hosts: Hosts, tmp_path: Path) -> None:
     """The writer does not see that machine's processes; its agent does."""
-    wait = tmp_path / "wait"
-    wait.mkdir()
-    job = Job(hosts, tmp_path, WAIT=str(wait), ALONE="1", OBSERVER_RANK_TIMEOUT="600")
-    wait_until(lambda: len(list(wait.glob("ready*"))) == 4, 180, "all ranks have reported")
+    job = Job(hosts, tmp_path, ALONE="1", OBSERVER_RANK_TIMEOUT="600")
+    job.wait_reported()
     (victim,) = [pid for pid in hosts.processes(1) if b"\0RANK=3\0" in Path(f"/proc/{pid}/environ").read_bytes()]
     subprocess.run(["kill", "-9", str(victim)], check=True)
     (run,) = find_runs([job.places[0] / "swanlog"])
     wait_until(lambda: "its process is gone (killed?)" in ends(run), 60, "its end is in the journal")
-    (wait / "go").touch()
+    job.go_on()
     assert ended_run(job.places[0] / "swanlog").state == "crashed"
     job.end_torchrun(0)
     job.wait_over()
@@ -171,14 +174,12 @@ def test_a_rank_that_is_killed_on_another_machine_is_told_within_seconds(hosts: 
 
 @pytest.mark.takes(40)
 def test_a_machine_that_is_gone_takes_only_its_ranks_with_it(hosts: Hosts, tmp_path: Path) -> None:
-    wait = tmp_path / "wait"
-    wait.mkdir()
-    job = Job(hosts, tmp_path, WAIT=str(wait), ALONE="1", OBSERVER_RANK_TIMEOUT="2")
-    wait_until(lambda: len(list(wait.glob("ready*"))) == 4, 180, "all ranks have reported")
+    job = Job(hosts, tmp_path, ALONE="1", OBSERVER_RANK_TIMEOUT="10")
+    job.wait_reported()
     hosts.kill(1)
     (run,) = find_runs([job.places[0] / "swanlog"])
     wait_until(lambda: "no sign of life" in ends(run), 120, "its ranks are lost")
-    (wait / "go").touch()
+    job.go_on()
     wait_until(lambda: job.said().count("finished True") == 2, 120, "the others have finished")
     job.end_torchrun(0)
     job.wait_over()
@@ -190,12 +191,10 @@ def test_a_machine_that_is_gone_takes_only_its_ranks_with_it(hosts: Hosts, tmp_p
 @pytest.mark.takes(40)
 def test_the_machine_of_the_head_is_gone(hosts: Hosts, tmp_path: Path) -> None:
     """What was acknowledged is on its disk; what came later the others have put on theirs."""
-    wait = tmp_path / "wait"
-    wait.mkdir()
-    job = Job(hosts, tmp_path, WAIT=str(wait), ALONE="1")
-    wait_until(lambda: len(list(wait.glob("ready*"))) == 4, 180, "all ranks have reported")
+    job = Job(hosts, tmp_path, ALONE="1")
+    job.wait_reported()
     hosts.kill(0)
-    (wait / "go").touch()
+    job.go_on()
     wait_until(lambda: job.said().count("finished False") == 2, 120, "the others have finished")
     job.end_torchrun(1)
     job.wait_over()

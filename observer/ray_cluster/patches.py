@@ -27,7 +27,7 @@ DRIVER_ENVIRONMENT = {
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
     "RAY_DEDUP_LOGS": "0",
 }
-"""What a rank sets before it imports Ray."""
+"""What an agent sets before it imports Ray."""
 CLUSTER_ENVIRONMENT = {
     # Ray gives up a node that does not answer for 15 s. This one is alone: giving it up would end the observation.
     "RAY_health_check_failure_threshold": "100",
@@ -63,10 +63,6 @@ PRIVATE = {
         ),
         "wait for a raylet on a busy machine": ("ray._private.services:get_node(gcs_address, node_id)",),
         "print nothing of the writer's in a training": ("ray._private.worker:listen_error_messages",),
-        "know a process that Ray has started": (
-            "ray._private.worker:global_worker.mode",
-            "ray._private.worker:WORKER_MODE",
-        ),
         "know a cluster that only this process can use": (
             "ray._private.worker:_global_node",
             "ray._private.node:Node().head",
@@ -181,15 +177,6 @@ def job_config(name: str) -> Any:
 
 
 # What Ray is here
-
-
-def is_worker() -> bool:
-    """Whether Ray has started this process, so that it ends with its node's raylet whatever is set."""
-    core = sys.modules.get("ray._private.worker")
-    try:
-        return core is not None and bool(core.global_worker.mode == core.WORKER_MODE)
-    except AttributeError:  # another thread is importing it
-        return False
 
 
 def is_inside_alone() -> bool:

@@ -72,13 +72,10 @@ class ExitWatch:
         self._previous_exit = sys.exit
         sys.excepthook = self._on_exception
         sys.exit = self._on_sys_exit  # type: ignore[assignment]
-        _watching.append(self)
         atexit.register(self._run)
 
     def stop(self) -> None:
         """Watch no longer."""
-        if self in _watching:
-            _watching.remove(self)
         atexit.unregister(self._run)
         if sys.excepthook == self._on_exception:
             sys.excepthook = self._previous_hook
@@ -110,13 +107,3 @@ class ExitWatch:
 
     def _run(self) -> None:
         self._at_exit(self._verdict)
-
-
-_watching: list[ExitWatch] = []
-
-
-def run_exit_handler_first() -> None:
-    """Let our exit handler run before those that were registered since; the last one registered runs first."""
-    for watch in _watching:
-        atexit.unregister(watch._run)
-        atexit.register(watch._run)
