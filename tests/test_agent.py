@@ -318,3 +318,38 @@ def test_an_agent_that_is_gone_costs_nothing(
     there = [(number, step) for number, step, _ in logged_in(run)]
     assert sorted(there) == [(number, step) for number in range(2) for step in range(30)]
     wait_until(lambda: processes_of(run_id) == [], 60, "no agent is left")
+
+
+OTHER_VERSION = """
+    import sys, time
+    import ray
+    from swanlab_ray.observer.ray_cluster.patches import be_patient, leave_out_what_idles
+    be_patient()
+    leave_out_what_idles(dashboard=False)
+    ray.__version__ = "9.9.9"
+    context = ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    print("address", context.address_info["gcs_address"], flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.takes(20)
+def test_a_cluster_of_another_version_is_told_or_left_alone(launch: Launch, tmp_path: Path) -> None:
+    """Left alone where it only runs on this machine: the run gets a cluster of its own. Told where it was named."""
+    other = launch(OTHER_VERSION, ranks=0)
+    wait_until(lambda: "address" in other.output(), 120, "a cluster")
+    address = re.search("address (.*)", other.output())[1]  # type: ignore[index]
+    noted = tmp_path / "noted" / "ray" / "ray_current_cluster"
+    noted.parent.mkdir(parents=True)
+    noted.write_text(address)
+    script = """
+        from swanlab_ray.observer import connect
+        observer = connect()
+        observer.log({"x": 1.0}, 0)
+        print("finished", observer.finish(timeout=60))
+    """
+    done = launch(script, ranks=0, RAY_TMPDIR=str(noted.parent.parent), RAY_AUTH_MODE="disabled").wait()
+    assert "finished True" in done.output, done.output
+    named = launch(script.replace("60", "10"), ranks=0, RAY_ADDRESS=address).wait()
+    assert "finished False" in named.output
+    assert re.search("could not be joined: .*mismatch.*9.9.9", named.output), named.output

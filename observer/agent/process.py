@@ -131,8 +131,7 @@ class Agent:
 
     def _join_or_start(self) -> Connection:
         address = finding.meant()
-        if address is not None:
-            finding.join(address, f"swanlab-ray agent on {os.uname().nodename}")
+        if address is not None and self._joined(address):
             self._publish(address, None)
             return Connection(address)
         self._cluster = Cluster(self._directory, self._give_up)
@@ -140,6 +139,18 @@ class Agent:
         address = str(context.address_info["gcs_address"])
         self._publish(address, context.dashboard_url or None)
         return Connection(address, str(self._directory / "alive"))
+
+    def _joined(self, address: str) -> bool:
+        """False where it is of another version, and only happens to run on this machine."""
+        try:
+            finding.join(address, f"swanlab-ray agent on {os.uname().nodename}")
+        except finding.OtherVersion as error:
+            if os.environ.get("RAY_ADDRESS"):
+                raise
+            finding.leave()
+            print(error, flush=True)
+            return False
+        return True
 
     def _publish(self, address: str, dashboard: str | None) -> None:
         described = {

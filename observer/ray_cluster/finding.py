@@ -21,6 +21,10 @@ from swanlab_ray.observer.script.notices import warn_once
 WATCHER = "swanlab-ray watcher"
 
 
+class OtherVersion(NoCluster):
+    """It is of another version of Ray, or of Python."""
+
+
 def meant() -> str | None:
     """Address of the cluster that this job is to report to; None: it is to start one of its own.
 
@@ -128,6 +132,7 @@ def join(address: str, name: str, environment: Mapping[str, str] | None = None) 
         environment: what Ray must find there, best when it is imported.
 
     Raises:
+        OtherVersion: this process cannot join it.
         NoCluster: the cluster refused.
     """
     for variable, value in patches.DRIVER_ENVIRONMENT.items():
@@ -146,7 +151,8 @@ def join(address: str, name: str, environment: Mapping[str, str] | None = None) 
                 job_config=patches.job_config(name),
             )
     except Exception as error:
-        raise NoCluster(f"The Ray cluster at '{address}' could not be joined: {_brief(error)}") from error
+        kind = OtherVersion if "mismatch" in str(error) else NoCluster
+        raise kind(f"The Ray cluster at '{address}' could not be joined: {_brief(error)}") from error
 
 
 def leave() -> None:
