@@ -93,6 +93,7 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.bench_completions
 	$(BIN)/python -m tests.benchmarks.bench_spans
 	$(BIN)/python -m tests.benchmarks.bench_restart
+	$(BIN)/python -m tests.benchmarks.bench_machines
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -48,11 +48,11 @@ JOB = """
 class Job:
     """Two ranks on each of two hosts, under torchrun."""
 
-    def __init__(self, hosts: Hosts, directory: Path, **env: str) -> None:
+    def __init__(self, hosts: Hosts, directory: Path, source: str = JOB, **env: str) -> None:
         self.hosts = hosts
         self.directory = directory
         script = directory / "job.py"
-        script.write_text(textwrap.dedent(JOB))
+        script.write_text(textwrap.dedent(source))
         self.places = [directory / f"disk{number}" for number in range(2)]  # no disk is shared
         for number, place in enumerate(self.places):
             place.mkdir()

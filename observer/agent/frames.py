@@ -43,6 +43,9 @@ class Opening(msgspec.Struct):
     head: Head | None = None
     """Where it is to be passed on to; None: to Ray."""
 
+    def __repr__(self) -> str:
+        return f"Opening(run_id={self.run_id!r})"
+
 
 class Ingest(msgspec.Struct, array_like=True):
     """A sign of life, with a batch or without."""

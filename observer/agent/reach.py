@@ -34,6 +34,9 @@ class Head(msgspec.Struct):
     """``HOST:PORT``, best first."""
     token: str
 
+    def __repr__(self) -> str:
+        return f"Head({self.addresses})"
+
 
 def listen() -> tuple[socket.socket, str]:
     """Listen on all addresses of this machine; returns the socket, and a new token.
