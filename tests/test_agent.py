@@ -107,7 +107,7 @@ class InThisProcess:
         self.links: list[Link] = []
         self.gone: list[int] = []
         self._listening: socket.socket | None = None
-        monkeypatch.setattr(starting.Agent, "_start", lambda agent: self._start(agent))
+        monkeypatch.setattr(starting.Agent, "_start", lambda agent, deadline: self._start(agent))
         monkeypatch.setattr(starting.Agent, "_ended", lambda agent: self._listening is None)
 
     def _start(self, agent: starting.Agent) -> None:

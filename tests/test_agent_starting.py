@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -318,9 +319,41 @@ def test_a_rank_tries_again_later_where_a_cluster_could_not_be_started(agent: st
 
 def test_an_agent_that_ends_at_once_is_told(agent: starting.Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starting, "AGENT", "swanlab_ray.no_such_module")
-    with pytest.raises(NoCluster, match=r"agent on this machine has ended: see .*agent\.log"):
+    with pytest.raises(NoCluster, match=r"could not be started: the observer's agent has ended; see .*agent\.log"):
+        agent.connect(lambda: math.inf)
+    with pytest.raises(NoCluster, match="could not be started, 1 times"):  # not again at once
         agent.connect(lambda: math.inf)
     assert "No module named swanlab_ray.no_such_module" in agent.log.read_text()
+
+
+def test_a_directory_that_was_removed_is_made_again(agent: starting.Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starting, "AGENT", "swanlab_ray.no_such_module")
+    shutil.rmtree(agent.directory)
+    with pytest.raises(NoCluster, match="has ended"):
+        agent.connect(lambda: math.inf)
+    assert agent.log.exists()
+
+
+def test_a_rank_that_was_stopped_while_it_starts_the_agent_holds_up_nobody_for_long(
+    agent: starting.Agent, other_process: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(starting, "STARTED_S", 0.1)
+    lock = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(); time.sleep(60)"
+    command = [sys.executable, "-uc", lock, str(agent.directory / "starting")]
+    starter = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    other_process.append(starter)
+    assert starter.stdout is not None
+    assert starter.stdout.readline()
+    with pytest.raises(NoCluster, match="Another rank is starting the observer's agent, and was stopped"):
+        agent.connect(lambda: math.inf)
+
+
+@pytest.mark.parametrize("run_id", ["x" * 64, "\u4e2d" * 64, "r1-ff"])
+def test_a_socket_fits_whatever_the_run_is_called(run_id: str) -> None:
+    """Below the longest root that is used."""
+    root = directories.SOCKET_PATH_BYTES - len(directories.RAYS_PATH.format(4194304))
+    assert root + len(f"/{directories._name(run_id)}/socket".encode()) <= directories.SOCKET_PATH_BYTES
+    assert directories._name(run_id) != directories._name(run_id + "y")
 
 
 def test_a_rank_that_ends_waits_for_no_agent(agent: starting.Agent, other_process: list[subprocess.Popen[str]]) -> None:

@@ -24,6 +24,7 @@ from swanlab_ray.observer.agent.reach import Head
 from swanlab_ray.observer.agent.serving import Server
 from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.ray_cluster.ports import ports_given
+from swanlab_ray.observer.script.notices import say_again
 from swanlab_ray.observer.transport.link import LinkBroken
 from tests.conftest import wait_until
 from tests.incarnations import Cluster, Link, logged_in, mortal, rank, settings_for
@@ -85,9 +86,9 @@ def test_addresses_begin_with_the_interface_of_the_collectives(monkeypatch: pyte
         "ib0": [entry("198.51.100.7"), entry("2001:db8::7", socket.AF_INET6)],
     }
     monkeypatch.setattr("psutil.net_if_addrs", lambda: found)
-    assert reach.addresses(5, {}) == ["192.0.2.7:5", "198.51.100.7:5", "[2001:db8::7]:5"]
+    assert reach.addresses(5, {}) == ["192.0.2.7:5", "198.51.100.7:5", "[2001:db8::7]:5", "127.0.0.1:5"]
     collectives = {"NCCL_SOCKET_IFNAME": "=ib0,none"}
-    assert reach.addresses(5, collectives) == ["198.51.100.7:5", "[2001:db8::7]:5", "192.0.2.7:5"]
+    assert reach.addresses(5, collectives) == ["198.51.100.7:5", "[2001:db8::7]:5", "192.0.2.7:5", "127.0.0.1:5"]
     assert reach.addresses(5, {"MASTER_ADDR": "198.51.100.7"})[0] == "198.51.100.7:5"
     assert reach.addresses(5, {"MASTER_ADDR": "203.0.113.9"})[0] == "192.0.2.7:5"  # another machine's
 
@@ -152,11 +153,42 @@ def _meet(rank: int, node: int = 0, nodes: int = 2, deadline: Callable[[], float
 
 
 def test_who_is_told_nothing_says_what_is_missing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(LinkBroken, match="Rank 0 has not told yet where its machine's agent listens"):
+    sentence = r"runs on 2 machines, and rank 0 has not told .*init_process_group\(\), or set RAY_ADDRESS"
+    with pytest.raises(LinkBroken, match=sentence):
         _meet(rank=3, node=1, deadline=lambda: 0.0)
     monkeypatch.setattr(meeting_module, "shared_store", lambda: None)
-    with pytest.raises(LinkBroken, match=r"2 machines, and its ranks share no store .*init_process_group\(\), or"):
+    with pytest.raises(LinkBroken, match=sentence):
         _meet(rank=3, node=1, deadline=lambda: 0.0)
+
+
+def test_rank_0_waits_for_no_store_and_tells_when_there_is_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting_module, "shared_store", lambda: None)
+    meeting = Meeting(Identity(0, 4, 0, 2), "run")
+    assert meeting.head(lambda: HEAD, lambda: 1e18) is None
+    assert not store
+    monkeypatch.setattr(meeting_module, "shared_store", lambda: store)
+    wait_until(lambda: len(store) == 1, 10, "it is told")
+    meeting.close()
+
+
+def test_what_was_told_outlives_the_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training may destroy its process group, and no store is kept from it."""
+    assert _meet(rank=0) is None
+    meeting = Meeting(Identity(3, 4, 1, 2, node=1), "run")
+    assert meeting.head(lambda: HEAD, lambda: 0.0) == HEAD
+    for gone in (None, SimpleNamespace()):  # the second one breaks
+        monkeypatch.setattr(meeting_module, "shared_store", lambda: gone)  # noqa: B023
+        assert meeting.head(lambda: HEAD, lambda: 0.0) == HEAD
+
+
+def test_a_machine_that_cannot_be_reached_reports_all_the_same(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    def reach() -> Head:
+        raise LinkBroken("Address already in use")
+
+    say_again()
+    assert Meeting(Identity(0, 4, 0, 2), "run").head(reach, lambda: 1e18) is None
+    assert "Other machines of this job cannot report: Address already in use." in caplog.text
+    assert not store
 
 
 def test_a_run_stays_where_it_is_when_rank_0_moves(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,16 +225,21 @@ def test_rank_0_waits_for_other_machines_where_it_has_succeeded(number: int, sta
 
 
 def test_a_machine_with_a_cluster_of_its_own_needs_nobody(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was named; or all machines have noted one, and share nothing else."""
+    assert _meet(rank=0) is None
     monkeypatch.setattr(meeting_module, "running_address", lambda: "head:6379")
+    assert _meet(rank=3, node=1) == HEAD
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert _meet(rank=3, node=1) is None
+    monkeypatch.delenv("RAY_ADDRESS")
     monkeypatch.setattr(meeting_module, "shared_store", lambda: None)
-    assert _meet(rank=0) is None  # there may never be a store
+    assert _meet(rank=3, node=1) is None
 
 
 def test_what_ranks_of_another_machine_say_arrives_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through their own agent and that of rank 0's machine, whichever is killed."""
     mortal(monkeypatch)
-    cluster = Cluster(settings_for(tmp_path))
+    cluster = Cluster(settings_for(tmp_path, api_key="a key"))
     gone: list[int] = []
 
     class Noting(Link):
@@ -211,6 +248,7 @@ def test_what_ranks_of_another_machine_say_arrives_once(tmp_path: Path, monkeypa
 
     def to_writer(opening: Opening, stream: Stream, afar: bool) -> ToWriter:
         assert afar
+        assert "a key" not in opening.settings.values()  # what goes between machines is not encrypted
         return ToWriter(Noting(cluster), opening, stream)
 
     heads: list[Head] = []
@@ -228,8 +266,12 @@ def test_what_ranks_of_another_machine_say_arrives_once(tmp_path: Path, monkeypa
         return onward
 
     class Met:
+        may_start = False
+
         def head(self, reach: Any, deadline: Any) -> Head:
             return heads[-1]
+
+        def close(self) -> None: ...
 
     new_head()
     Server(tmp_path / "here", to_head)

@@ -14,7 +14,7 @@ from swanlab_ray.observer.job.identity import Identity, resolve_run_id
 from swanlab_ray.observer.ray_cluster import own
 from swanlab_ray.observer.ray_cluster.addresses import NoCluster
 from swanlab_ray.observer.ray_cluster.link import Connection, RayLink
-from swanlab_ray.observer.transport.link import Link, LinkBroken
+from swanlab_ray.observer.transport.link import Link, LinkBroken, brief
 
 
 class RankLink:
@@ -38,6 +38,14 @@ class RankLink:
             self._link.deadline = deadline
 
     def open(self, hello: Hello) -> Ack:
+        try:
+            return self._open(hello)
+        except LinkBroken:
+            raise
+        except Exception as error:  # stores, Ray and sockets raise many kinds; each means the same here
+            raise LinkBroken(brief(error)) from error
+
+    def _open(self, hello: Hello) -> Ack:
         # Ray Train tells its run only after Ray is imported; otherwise the id is there before Ray is.
         if self.run_id is None:
             self.run_id = resolve_run_id(self._settings, self._identity)

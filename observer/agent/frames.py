@@ -43,6 +43,9 @@ class Opening(msgspec.Struct):
     head: Head | None = None
     """Where it is to be passed on to; None: to Ray."""
 
+    may_start: bool = True
+    """Whether a cluster may be started for it."""
+
     def __repr__(self) -> str:
         return f"Opening(run_id={self.run_id!r})"
 
@@ -72,6 +75,10 @@ def encoded(number: int, what: str, body: Any) -> bytes:
 def decoded(body: bytes | msgspec.Raw, kind: type[T]) -> T:
     """A frame's body."""
     return msgspec.msgpack.decode(body, type=kind, dec_hook=lambda model, value: model.model_validate(value))
+
+
+SECRETS = tuple(name for name, field in ObserverSettings.model_fields.items() if field.annotation == SecretStr | None)
+"""Fields of the settings."""
 
 
 def told(settings: ObserverSettings) -> dict[str, Any]:
@@ -104,7 +111,11 @@ class Stream:
     def send(self, frame: bytes) -> None:
         """Raises ``OSError`` where the other side is gone, or takes nothing."""
         with self._sending:
-            self.socket.sendall(frame)
+            try:
+                self.socket.sendall(frame)
+            except OSError:
+                self.shut()  # a part of the frame may have gone
+                raise
 
     def receive(self, wait: float) -> Frame | None:
         """The next frame; None where none has come within ``wait`` seconds.

@@ -55,11 +55,11 @@ class AgentLink:
             raise
         except OSError as error:  # no cluster, no more descriptors, a full disk
             raise LinkBroken(str(error)) from error
-        number = self._call("open", Opening(hello, self._run_id, told(self._settings), head))
+        number = self._call("open", Opening(hello, self._run_id, told(self._settings), head, self._meeting.may_start))
         began = time.monotonic()
         while (answer := self._answer(number, Ack, POLL_S)) is None:
             try:
-                agent.look(began)
+                agent.look(began if head is None else math.inf)  # another machine takes its own time
             except NoCluster as error:
                 raise LinkBroken(str(error)) from error
             if time.monotonic() >= self.deadline:
@@ -89,6 +89,7 @@ class AgentLink:
         return self._answer(self._call("status", None), WriterStatus, wait)
 
     def close(self, over: bool) -> None:
+        self._meeting.close()
         self._disconnect()
         if self._agent is not None:
             self._agent.leave(over)

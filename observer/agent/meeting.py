@@ -3,6 +3,8 @@ the ranks have already, where the agent of its machine listens."""
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +13,18 @@ import msgspec
 
 from swanlab_ray.observer.agent.reach import Head, answers
 from swanlab_ray.observer.job.identity import Identity, shared_store
+from swanlab_ray.observer.ray_cluster.addresses import names_no_cluster
 from swanlab_ray.observer.ray_cluster.finding import running_address
+from swanlab_ray.observer.script.notices import warn_once
 from swanlab_ray.observer.transport.link import LinkBroken
 
 POLL_S = 0.5
 WAIT_S = 300.0
-"""How long rank 0's machine is waited for before it is told; then it is waited for again."""
+"""How long rank 0's machine is waited for before that is told; then it is waited for again."""
 
 
 class Meeting:
-    """Of one rank with the others.
+    """Of one rank with the others. No store is kept: one of torch.distributed has to end with its process group.
 
     Args:
         identity: of the rank.
@@ -30,7 +34,15 @@ class Meeting:
     def __init__(self, identity: Identity, run_id: str) -> None:
         self._identity = identity
         self._key = f"swanlab-ray/{run_id}/head"
-        self._store: Any = None
+        self._mine: Head | None = None
+        self._told: Head | None = None
+        self._over = threading.Event()
+        self._telling: threading.Thread | None = None
+
+    @property
+    def may_start(self) -> bool:
+        """Whether the agent of this machine may start a cluster: of all machines one does."""
+        return self._identity.nodes == 1 or self._identity.node == 0
 
     def head(self, reach: Callable[[], Head], deadline: Callable[[], float]) -> Head | None:
         """Where this rank's agent has to pass on what it hears; None: it speaks to Ray itself.
@@ -44,42 +56,65 @@ class Meeting:
         """
         if self._identity.nodes == 1:
             return None
-        if self._identity.node != 0:
-            return None if running_address() is not None else self._told(deadline)
-        # Only rank 0 is waited for by others, and so waits for a store that may come.
-        store = self._found_store(deadline if self._identity.rank == 0 else lambda: 0.0)
-        if store is None:
+        if self._identity.node == 0:
+            return self._head_here(reach)
+        given = os.environ.get("RAY_ADDRESS")
+        return None if given and names_no_cluster(given) is None else self._head_told(deadline)
+
+    def close(self) -> None:
+        """Tell nobody any more."""
+        self._over.set()
+
+    def _head_here(self, reach: Callable[[], Head]) -> Head | None:
+        """None: it is this machine's; else rank 0 was on another machine before, where the run lies."""
+        try:
+            mine = reach()
+        except LinkBroken as error:
+            warn_once("unreachable here", f"Other machines of this job cannot report: {error}.")
             return None
-        mine = reach()
-        if store.check([self._key]):
-            told = self._read(store)
-            if told.token != mine.token and answers(told):
-                return told  # rank 0 was on another machine before, where the run lies
+        told = self._read()
+        if told is not None and told.token != mine.token and answers(told):
+            return told
         if self._identity.rank == 0:
-            store.set(self._key, msgspec.json.encode(mine).decode())
+            self._mine = mine
+            if not self._tell() and self._telling is None:
+                # The training may initialise torch.distributed later, or never.
+                self._telling = threading.Thread(target=self._tell_later, name="swanlab-ray-head", daemon=True)
+                self._telling.start()
         return None
 
-    def _read(self, store: Any) -> Head:
-        return msgspec.json.decode(store.get(self._key), type=Head)
+    def _tell_later(self) -> None:
+        while not self._over.wait(POLL_S) and not self._tell():
+            pass
 
-    def _found_store(self, deadline: Callable[[], float]) -> Any:
-        """The training may initialise torch.distributed later. Where a cluster is meant that is not waited for."""
-        self._store = self._store or shared_store()
-        while self._store is None and time.monotonic() < deadline() and running_address() is None:
-            time.sleep(POLL_S)
-            self._store = shared_store()
-        return self._store
+    def _tell(self) -> bool:
+        try:
+            store = shared_store()
+            if store is not None:
+                store.set(self._key, msgspec.json.encode(self._mine).decode())
+            return store is not None
+        except Exception:  # it has ended, or cannot be reached
+            return False
 
-    def _told(self, deadline: Callable[[], float]) -> Head:
+    def _read(self) -> Head | None:
+        """What rank 0 has told last; what was told before where the store is gone."""
+        try:
+            store: Any = shared_store()
+            if store is not None and store.check([self._key]):
+                self._told = msgspec.json.decode(store.get(self._key), type=Head)
+        except Exception:  # as above
+            pass
+        return self._told
+
+    def _head_told(self, deadline: Callable[[], float]) -> Head | None:
         until = time.monotonic() + WAIT_S
-        store = self._found_store(lambda: min(until, deadline()))
-        if store is None:
-            raise LinkBroken(
-                f"The job runs on {self._identity.nodes} machines, and its ranks share no store to find each other: "
-                "call torch.distributed.init_process_group(), or set RAY_ADDRESS=HEAD:6379 of a Ray cluster on each."
-            )
-        while not store.check([self._key]):
+        while (told := self._read()) is None:
+            if shared_store() is None and running_address() is not None:
+                return None  # as each machine of a cluster has noted
             if time.monotonic() >= min(until, deadline()):
-                raise LinkBroken("Rank 0 has not told yet where its machine's agent listens.")
+                raise LinkBroken(
+                    f"The job runs on {self._identity.nodes} machines, and rank 0 has not told where to report: call "
+                    "torch.distributed.init_process_group(), or set RAY_ADDRESS=HEAD:6379 of a Ray cluster on each."
+                )
             time.sleep(POLL_S)
-        return self._read(store)
+        return told

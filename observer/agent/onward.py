@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from swanlab_ray.actors.wire.messages import Farewell, Goodbye
 from swanlab_ray.observer.agent import reach
-from swanlab_ray.observer.agent.frames import Frame, Ingest, Opening, Stream, decoded, encoded
+from swanlab_ray.observer.agent.frames import SECRETS, Frame, Ingest, Opening, Stream, decoded, encoded
 from swanlab_ray.observer.agent.starting import UNSTARTED
-from swanlab_ray.observer.transport.link import CALL_DEADLINE_S, Link
+from swanlab_ray.observer.transport.link import CALL_DEADLINE_S, Link, LinkBroken
 
 ANSWER_S = 1.0
 """How long one look for an answer takes."""
@@ -130,6 +130,8 @@ class ToHead:
     def hear(self, frame: Frame) -> None:
         if frame.what == "open":
             self._opening.head = None  # it is there
+            for name in SECRETS:  # what is said to another machine is not encrypted; that one has its own
+                self._opening.settings.pop(name, None)
             self._head.send(encoded(frame.number, "open", self._opening))
             return
         if frame.what == "goodbye":
@@ -152,5 +154,9 @@ class ToHead:
                     continue
                 if frame.number == self._goodbye and not frame.what:
                     self._left = True
-                self._stream.pass_on(frame)
+                if frame.what == UNSTARTED:  # not the agent of this machine
+                    why = f"Ray could not be started on rank 0's machine: {decoded(frame.body, str)}"
+                    self._stream.send(encoded(frame.number, LinkBroken.__name__, why))
+                else:
+                    self._stream.pass_on(frame)
         self._stream.shut()

@@ -17,6 +17,7 @@ import threading
 import time
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from swanlab_ray.actors.settings import ObserverSettings
@@ -33,6 +34,7 @@ GRACE_S = 4.0
 """The lock may be free this long: a restarted writer needs about two seconds."""
 POLL_S = 0.5
 TOUCH_S = 600.0
+LEAVE_S = 60
 OPENED_S = 30.0
 """How long ranks of other machines wait for one of this machine to be welcomed first."""
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
@@ -57,16 +59,22 @@ class Agent:
         self._asking = threading.Lock()
         self._connection: Future[Connection] = Future()
         self._wanted = threading.Event()
+        self._may_start = False
+        self._run_id = (directory / directories.MARK).read_text()
 
-    def connect(self) -> Connection:
+    def connect(self, may_start: bool) -> Connection:
         """The connection to Ray; called on the ranks' threads.
 
+        Args:
+            may_start: whether a cluster may be started where none is meant.
+
         Raises:
-            NoCluster: it could not be joined; the next call tries it again.
+            NoCluster: it could not be joined, or started here; the next call tries it again.
             Unstarted: it could not be started, and this process ends.
         """
         with self._asking:
             connection = self._connection
+            self._may_start = self._may_start or may_start
             self._wanted.set()
         return connection.result()
 
@@ -81,6 +89,8 @@ class Agent:
             if ended is not None or not self._is_ours() or nobody_holds(str(self._directory / "alive")):
                 break
         if "ray" in sys.modules:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(LEAVE_S)  # Ray waits for a cluster that is gone
             finding.leave()
         if ended is not None:
             shutil.rmtree(ended, ignore_errors=True)
@@ -88,14 +98,25 @@ class Agent:
             self._cluster.remove()
 
     def _onward(self, opening: Opening, stream: Stream, afar: bool) -> Onward:
-        if opening.head is not None:
+        if afar:
+            if opening.run_id != self._run_id:
+                raise ValueError(f"the agent of rank 0's machine is that of another run, {self._run_id}")
+            self._after_this_machine()
+        elif opening.head is not None and not self._server.is_head(opening.head):
             return ToHead(opening.head, opening, stream)
-        if afar:  # the run goes by the settings of rank 0's machine, where it lies
-            self._opened.wait(OPENED_S)
         life = opening.hello.life
         if life not in self._links:
-            self._links[life] = RayLink(ObserverSettings(**opening.settings), opening.run_id, self.connect)
-        return ToWriter(self._links[life], opening, stream, self._opened.set, self._server.is_reachable)
+            # A newer rank may have settings that this version does not know.
+            known = {name: value for name, value in opening.settings.items() if name in ObserverSettings.model_fields}
+            connect = partial(self.connect, opening.may_start)
+            self._links[life] = RayLink(ObserverSettings(**known), opening.run_id, connect)
+        return ToWriter(self._links[life], opening, stream, self._opened.set, self._server.needed)
+
+    def _after_this_machine(self) -> None:
+        """The run goes by the settings of rank 0's machine, where it lies: its ranks come first."""
+        with suppress(NoCluster, Unstarted):
+            self.connect(may_start=True)
+            self._opened.wait(OPENED_S)
 
     def _wait_until_unused(self) -> None:
         unused_since: float | None = None
@@ -107,7 +128,7 @@ class Agent:
             if self._cluster is not None:
                 self._cluster.check()
             now = time.monotonic()
-            if not nobody_holds(str(self._directory / "alive")):
+            if self._server.needed() or not nobody_holds(str(self._directory / "alive")):
                 unused_since = None
                 if now - touched >= TOUCH_S:
                     touched = now
@@ -123,17 +144,20 @@ class Agent:
             return
         try:
             connection.set_result(self._join_or_start())
-        except NoCluster as error:
+        except Exception as error:
             with self._asking:
                 self._connection = Future()
                 self._wanted.clear()
-            connection.set_exception(error)
+            print(f"{type(error).__name__}: {error}", flush=True)
+            connection.set_exception(error if isinstance(error, NoCluster) else NoCluster(str(error)))
 
     def _join_or_start(self) -> Connection:
         address = finding.meant()
         if address is not None and self._joined(address):
             self._publish(address, None)
             return Connection(address)
+        if not self._may_start:
+            raise NoCluster("There is no Ray cluster on this machine, and that of rank 0's machine is not known.")
         self._cluster = Cluster(self._directory, self._give_up)
         context = self._cluster.start(self._dashboard)
         address = str(context.address_info["gcs_address"])
@@ -159,9 +183,10 @@ class Agent:
             "environment": {name: os.environ[name] for name in AUTHENTICATION if name in os.environ},
         }
         unfinished = self._directory / "cluster.new"
-        unfinished.touch(mode=0o600)
-        unfinished.write_text(json.dumps(described))
-        unfinished.rename(self._directory / "cluster")
+        with suppress(OSError):  # only those who look from outside need it
+            unfinished.touch(mode=0o600)
+            unfinished.write_text(json.dumps(described))
+            unfinished.rename(self._directory / "cluster")
 
     def _give_up(self, why: str) -> None:
         """The cluster could not be started, or has ended, and this process ends. The ranks that wait are told."""
@@ -198,7 +223,6 @@ def main() -> None:
     except FileNotFoundError:  # somebody has removed that of the training, and Ray asks for it
         os.chdir(directory.parent)
     lock = hold_lock(str(directory / "agent"))
-    os.utime(directory / "agent")  # when this began
     Agent(directory, lock, given.dashboard).run()
 
 

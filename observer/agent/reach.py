@@ -9,6 +9,7 @@ import hmac
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator, Mapping
 
 import msgspec
@@ -23,7 +24,7 @@ PROOF_S = 10.0
 """How long the other side has to prove itself."""
 NONCE_BYTES = 32
 PROOF_BYTES = 32
-KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
+KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6, "TCP_USER_TIMEOUT": 70_000}
 """A machine that is gone is noticed after about a minute."""
 
 
@@ -74,6 +75,7 @@ def addresses(port: int, env: Mapping[str, str] = os.environ) -> list[str]:
         best.append(master)
     found = [*best, *sorted(known, key=lambda address: (":" in address, address))]
     usable = [address for address in dict.fromkeys(found) if not address.startswith(("127.", "fe80:", "::1"))]
+    usable.append("127.0.0.1")  # where machines are made of one, without a network
     return [f"[{address}]:{port}" if ":" in address else f"{address}:{port}" for address in usable]
 
 
@@ -137,12 +139,13 @@ def prove(one: socket.socket, token: str, first: bool) -> None:
     Raises:
         OSError: the other side does not know it, or says nothing.
     """
+    deadline = time.monotonic() + PROOF_S
     one.settimeout(PROOF_S)
     ours = secrets.token_bytes(NONCE_BYTES)
     one.sendall(ours)
-    theirs = b"".join(_received(one, NONCE_BYTES))
+    theirs = b"".join(_received(one, NONCE_BYTES, deadline))
     one.sendall(_proof(token, first, theirs))
-    if not hmac.compare_digest(b"".join(_received(one, PROOF_BYTES)), _proof(token, not first, ours)):
+    if not hmac.compare_digest(b"".join(_received(one, PROOF_BYTES, deadline)), _proof(token, not first, ours)):
         raise ConnectionError("who answers there belongs to another job")
 
 
@@ -150,8 +153,9 @@ def _proof(token: str, first: bool, nonce: bytes) -> bytes:
     return hmac.digest(token.encode(), (b"1" if first else b"2") + nonce, "sha256")
 
 
-def _received(one: socket.socket, size: int) -> Iterator[bytes]:
+def _received(one: socket.socket, size: int, deadline: float) -> Iterator[bytes]:
     while size:
+        one.settimeout(max(0.01, deadline - time.monotonic()))
         more = one.recv(size)
         if not more:
             raise ConnectionError("who answers there belongs to another job")

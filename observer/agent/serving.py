@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from swanlab_ray.observer.agent import reach
 from swanlab_ray.observer.agent.frames import Frame, Opening, Stream, decoded, encoded
 from swanlab_ray.observer.transport.link import CALL_DEADLINE_S
@@ -57,6 +59,7 @@ class Server:
         self._make_onward = make_onward
         self._reaching = threading.Lock()
         self._head: reach.Head | None = None
+        self._afar: list[socket.socket] = []
         self.listening = socket.socket(socket.AF_UNIX)
         self.listening.bind(str(path))
         self.listening.listen(128)
@@ -75,18 +78,26 @@ class Server:
                 self._head = reach.Head(reach.addresses(listening.getsockname()[1]), token)
             return self._head
 
-    def is_reachable(self) -> bool:
-        """Whether it listens to other machines."""
-        return self._head is not None
+    def needed(self) -> bool:
+        """Whether another machine reports through this one now."""
+        return bool(self._afar)
+
+    def is_head(self, head: reach.Head) -> bool:
+        """Whether that is where this process listens itself."""
+        return self._head is not None and self._head.token == head.token
 
     def _begin(self, listening: socket.socket, converse: Callable[[socket.socket], None]) -> None:
         def work() -> None:
             while listening.fileno() >= 0:
                 try:
                     one, _ = listening.accept()
-                    threading.Thread(target=converse, args=(one,), name="rank", daemon=True).start()
-                except (OSError, RuntimeError):  # no more descriptors or threads, or closed
+                except OSError:  # no more descriptors, or closed
                     time.sleep(AGAIN_S)
+                    continue
+                try:
+                    threading.Thread(target=converse, args=(one,), name="rank", daemon=True).start()
+                except RuntimeError:  # no more threads
+                    one.close()
 
         threading.Thread(target=work, name="listening", daemon=True).start()
 
@@ -99,7 +110,11 @@ class Server:
 
     def _converse_afar(self, one: socket.socket, token: str) -> None:
         if reach.accepted(one, token):
-            Conversation(one, Exit(None), self._make_onward, self.reachable).run()
+            self._afar.append(one)
+            try:
+                Conversation(one, Exit(None), self._make_onward, self.reachable).run()
+            finally:
+                self._afar.remove(one)
 
 
 class Conversation:
@@ -125,7 +140,7 @@ class Conversation:
         try:
             while (frame := self._next()) is not None:
                 self._hear(frame)
-        except (OSError, EOFError):
+        except (OSError, EOFError, msgspec.MsgspecError):
             pass
         self._stream.close()
         if self._onward is not None:

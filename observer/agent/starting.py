@@ -15,6 +15,7 @@ It has a directory named by the run id (see directories)::
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import signal
 import socket
@@ -33,6 +34,8 @@ START_DEADLINE_S = 300.0
 """How long a rank waits for an agent that starts a cluster; that gives up before."""
 STOPPED_S = 10.0
 """An agent that stands still (SIGSTOP) this long while somebody waits for it is ended."""
+STARTED_S = 60.0
+"""How long it may take until its process is there."""
 AGAIN_S = (5.0, 300.0)
 """First and longest pause before a cluster that could not be started is tried again; it doubles."""
 POLL_S = 0.02
@@ -66,6 +69,7 @@ class Agent:
     """
 
     def __init__(self, run_id: str, dashboard: bool) -> None:
+        self._run_id = run_id
         self.directory = directories.directory_for(run_id)
         self._options = [] if dashboard else ["--no-dashboard"]
         self._stopped_since: float | None = None
@@ -75,11 +79,15 @@ class Agent:
         """What it and Ray have said."""
         return self.directory / "agent.log"
 
-    def begin(self) -> None:
-        """Start it if need be, and keep it for as long as this process lives. Does not wait."""
+    def begin(self, deadline: Callable[[], float] = lambda: math.inf) -> None:
+        """Start it if need be, and keep it for as long as this process lives.
+
+        Raises:
+            NoCluster: another process is starting it, and takes too long.
+        """
         _hold(self.directory / "alive")
         (self.directory / "over").unlink(missing_ok=True)
-        self._start()
+        self._start(deadline)
 
     def connect(self, deadline: Callable[[], float]) -> socket.socket:
         """Connect to it, and start it before if need be.
@@ -94,7 +102,8 @@ class Agent:
         if time.monotonic() < again and self._ended():
             raise NoCluster(f"The Ray cluster of this run could not be started, {failures} times: see {self.log}.")
         occupy_standard_descriptors()
-        self.begin()
+        self.directory = directories.directory_for(self._run_id)  # it may have been removed
+        self.begin(deadline)
         began = time.monotonic()
         while True:
             ended = self._ended()
@@ -102,14 +111,14 @@ class Agent:
                 return _connected(self.directory / "socket")
             except OSError as error:  # it does not listen yet
                 if ended:
-                    raise NoCluster(self.why_gone()) from error
+                    raise NoCluster(self.failed("the observer's agent has ended")) from error
             if time.monotonic() >= deadline():
                 raise NoCluster(f"The observer's agent on this machine had not started yet: see {self.log}.")
             self.look(began)
             time.sleep(POLL_S)
 
     def look(self, began: float) -> None:
-        """Look after it, while somebody waits for it since ``began`` (monotonic).
+        """Look after it, while somebody waits for it since ``began`` (monotonic; infinity: it may take any time).
 
         Raises:
             NoCluster: it was stopped, or takes too long, so it was ended.
@@ -120,8 +129,7 @@ class Agent:
             self._stopped_since = None
             self._end()
             raise NoCluster(
-                f"The observer's agent on this machine did not answer for {now - began:.0f} s, or was stopped, so it "
-                f"was ended: see {self.log}."
+                f"The observer's agent on this machine did not answer, or was stopped, so it was ended: see {self.log}."
             )
 
     def leave(self, over: bool) -> None:
@@ -173,10 +181,14 @@ class Agent:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def _start(self) -> None:
+    def _start(self, deadline: Callable[[], float]) -> None:
         """Start it, unless it lives."""
         with open(self.directory / "starting", "a") as starting:
-            fcntl.lockf(starting, fcntl.LOCK_EX)
+            until = time.monotonic() + STARTED_S
+            while not _locked(starting.fileno()):
+                if time.monotonic() >= min(until, deadline()):
+                    raise NoCluster(f"Another rank is starting the observer's agent, and was stopped: see {self.log}.")
+                time.sleep(POLL_S)
             if not self._ended():
                 return
             for left in ("cluster", "socket"):  # of one that was killed
@@ -197,8 +209,8 @@ class Agent:
                     setsigmask=[],
                     setsigdef=[signal.SIGPIPE, signal.SIGTERM],
                 )
-            deadline = time.monotonic() + START_DEADLINE_S
-            while self._ended() and _lives(agent) and time.monotonic() < deadline:
+            until = time.monotonic() + STARTED_S
+            while self._ended() and _lives(agent) and time.monotonic() < until:
                 time.sleep(POLL_S)
 
 
@@ -214,6 +226,14 @@ def _connected(path: Path) -> socket.socket:
         one.close()
         raise
     return one
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _lives(child: int) -> bool:
@@ -256,4 +276,6 @@ def _hold(path: Path) -> None:
     """Hold the lock until this process ends; opened once, since closing any other descriptor would release it."""
     descriptor = _held.get((os.getpid(), path))
     if descriptor is None or not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
+        if descriptor is not None:
+            release_lock(descriptor)
         _held[os.getpid(), path] = hold_lock(str(path))

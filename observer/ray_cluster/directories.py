@@ -6,6 +6,7 @@ below it directories that carry our mark. Who lives is told by locks: process id
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -28,6 +29,8 @@ NEW_S = 60.0
 """A directory this young is left alone: who has just made it may not hold its lock yet."""
 ROOM_BYTES = 32 << 20
 """Free space that a cluster needs at least; most of it is logs."""
+NAME_BYTES = 64
+"""Of a longer run id the directory has a digest for its name: the agent's socket has to fit as well."""
 SOCKET_PATH_BYTES = 107
 """Linux's limit."""
 RAYS_PATH = "/r{0}-ff/session_2026-01-01_00-00-00_000000_{0}/sockets/plasma_store"
@@ -144,6 +147,8 @@ def keep_young(paths: Iterable[Path]) -> None:
 def _name(run_id: str) -> str:
     if run_id.strip(".") == "" or "/" in run_id or "\0" in run_id:
         raise NoCluster(f"The run id {run_id!r} is no name of a directory: choose another.")
+    if len(os.fsencode(run_id)) > NAME_BYTES:
+        return hashlib.sha256(os.fsencode(run_id)).hexdigest()[:NAME_BYTES]
     return f"{run_id}+" if re.fullmatch(r"r[0-9]+(-[0-9a-f]+)?", run_id) else run_id  # sessions have such names
 
 

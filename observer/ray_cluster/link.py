@@ -13,7 +13,7 @@ from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.messages import Ack, Declined, Farewell, Goodbye, Hello, NumberedBatch, RunEnded, Sign
 from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.observer.ray_cluster.addresses import NoCluster, answers
-from swanlab_ray.observer.transport.link import CALL_DEADLINE_S, Hopeless, LinkBroken, NotNow, RunOver, welcomed
+from swanlab_ray.observer.transport.link import CALL_DEADLINE_S, Hopeless, LinkBroken, NotNow, RunOver, brief, welcomed
 
 TURN_S = 0.1
 """How long the script's own use of Ray may have to wait for one look at an answer."""
@@ -245,20 +245,15 @@ def _broken(error: Exception) -> LinkBroken:
     cause = getattr(error, "cause", None)
     told = cause if isinstance(cause, Exception) else error
     if isinstance(told, RunEnded):
-        return RunOver(_brief(told))
+        return RunOver(brief(told))
     if _cannot_start(error):
         return LinkBroken(
             "The cluster's head, where the writer runs, has no swanlab-ray, or another version of it: install it there "
             "as it is here."
         )
-    return LinkBroken(_brief(told))
+    return LinkBroken(brief(told))
 
 
 def _cannot_start(error: Exception) -> bool:
     """Whether the writer's class could not even be imported, where Ray has started its process."""
     return "swanlab_ray" in str(error) and ("ModuleNotFoundError" in str(error) or "ImportError" in str(error))
-
-
-def _brief(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

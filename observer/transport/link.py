@@ -64,3 +64,9 @@ def welcomed(answer: Ack | Declined) -> Ack:
     if isinstance(answer, Declined):
         raise NotNow(answer.sentence)
     return answer
+
+
+def brief(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
