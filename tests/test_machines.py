@@ -16,6 +16,7 @@ from swanlab_ray.actors.wire.events import State
 from swanlab_ray.actors.wire.messages import Farewell, Goodbye
 from swanlab_ray.observer.agent import meeting as meeting_module
 from swanlab_ray.observer.agent import reach, starting
+from swanlab_ray.observer.agent import reach as reach_module
 from swanlab_ray.observer.agent.frames import Frame, Opening, Stream, decoded
 from swanlab_ray.observer.agent.link import AgentLink
 from swanlab_ray.observer.agent.meeting import Meeting
@@ -110,7 +111,7 @@ def test_where_no_port_is_free_that_is_told(
     listening: tuple[socket.socket, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OBSERVER_PORTS", str(listening[0].getsockname()[1]))
-    with pytest.raises(OSError, match="in use"):
+    with pytest.raises(OSError, match=r"no port of OBSERVER_PORTS is free .*in use"):
         reach.listen()
 
 
@@ -188,7 +189,10 @@ def test_a_machine_that_cannot_be_reached_reports_all_the_same(store: Store, cap
     say_again()
     assert Meeting(Identity(0, 4, 0, 2), "run").head(reach, lambda: 1e18) is None
     assert "Other machines of this job cannot report: Address already in use." in caplog.text
-    assert not store
+    told = _meet(rank=3, node=1)
+    assert told is not None
+    with pytest.raises(OSError, match=r"rank 0's machine cannot be reached \(Address already in use\)"):
+        reach_module.connect(told)
 
 
 def test_a_run_stays_where_it_is_when_rank_0_moves(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ class Meeting:
             mine = reach()
         except LinkBroken as error:
             warn_once("unreachable here", f"Other machines of this job cannot report: {error}.")
-            return None
+            mine = Head([], "", str(error))
         told = self._read()
         if told is not None and told.token != mine.token and answers(told):
             return told

@@ -34,6 +34,8 @@ class Head(msgspec.Struct):
     addresses: list[str]
     """``HOST:PORT``, best first."""
     token: str
+    why: str = ""
+    """Why it cannot be reached, where that is known; then it has no addresses."""
 
     def __repr__(self) -> str:
         return f"Head({self.addresses})"
@@ -54,7 +56,8 @@ def listen() -> tuple[socket.socket, str]:
             return listening, secrets.token_hex(32)
         except OSError as error:
             failed = error
-    raise failed or OSError("no port is free")
+    which = "of OBSERVER_PORTS " if ports_given() else ""
+    raise OSError(f"no port {which}is free ({failed})")
 
 
 def addresses(port: int, env: Mapping[str, str] = os.environ) -> list[str]:
@@ -92,7 +95,7 @@ def connect(head: Head) -> socket.socket:
     Raises:
         OSError: it cannot be reached, under any of its addresses.
     """
-    failed: list[str] = []
+    failed = [head.why] if head.why else []
     for address in head.addresses:
         try:
             one = socket.create_connection(split(address), CONNECT_S)
