@@ -113,8 +113,10 @@ def test_log_directories_of_all_kinds(log_dir: Path) -> None:
         for command in (["runs"], ["show"], ["show", "some"], ["trace"]):
             done = invoke(*command, "--log-dir", place)
             assert done.exit_code in (1, 2)
-            assert len(done.stderr.splitlines()[-1]) > 20
-            assert done.stderr.splitlines()[-1].startswith("Error: ")
+            # A writer of another test, which ends in its own time, may say how it is in between.
+            said = [line for line in done.stderr.splitlines() if " | ranks " not in line]
+            assert len(said[-1]) > 20
+            assert said[-1].startswith("Error: ")
 
 
 @pytest.mark.parametrize("prefix", ["*", "lr*", "lr[a]*", ".*", "lr[b-z]", "", "[", "\\", "../../x", "%s", "lr[a]-1\n"])
