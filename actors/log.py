@@ -1,4 +1,4 @@
-"""The writer's own log: the actor's log tab, which people see first in the Ray dashboard."""
+"""A process's own log: the writer's, the log tab that people see first in the Ray dashboard, and an agent's."""
 
 from __future__ import annotations
 

@@ -18,6 +18,8 @@ import pytest
 
 from swanlab_ray.actors.wire.locks import hold_lock, holder, nobody_holds, release_lock
 from swanlab_ray.observer.agent import private, starting
+from swanlab_ray.observer.agent import process as agent_process
+from swanlab_ray.observer.agent.onward import Unstarted
 from swanlab_ray.observer.ray_cluster import directories
 from swanlab_ray.observer.ray_cluster.addresses import NoCluster
 from tests.conftest import wait_until
@@ -299,6 +301,23 @@ def test_an_agent_gives_up_when_nobody_waits_or_a_process_of_its_has_ended(
         "gcs_server has ended while the cluster started",
         "gcs_server has ended",
     ]
+
+
+def test_those_that_wait_are_told_without_a_log_and_the_log_holds_no_secret(
+    places: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as on a full disk."""
+    directory = directories.directory_for("run")
+    secret = "https://open.feishu.cn/open-apis/bot/v2/hook/11111111-2222-3333-4444-555555555555"
+    agent_process.Agent(directory, 0, dashboard=False)._give_up(f"no answer from {secret}")
+    said = capsys.readouterr().err
+    assert said.startswith("no answer from ")
+    assert secret not in said
+    monkeypatch.setattr(sys, "stderr", None)
+    waiting = agent_process.Agent(directory, 0, dashboard=False)
+    waiting._give_up("it did not start")
+    with pytest.raises(Unstarted, match="it did not start"):
+        waiting.connect(may_start=True)
 
 
 @pytest.fixture

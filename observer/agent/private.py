@@ -16,7 +16,9 @@ from typing import Any
 
 import psutil
 
+from swanlab_ray.actors.log import log
 from swanlab_ray.actors.wire.locks import hold_lock, nobody_holds
+from swanlab_ray.actors.wire.secret_shapes import masked
 from swanlab_ray.observer.ray_cluster import directories, patches
 
 GRACE_S = 4.0
@@ -72,7 +74,7 @@ class Cluster:
         try:
             return self._init(dashboard)
         except Exception as error:
-            traceback.print_exception(error)
+            log(masked("".join(traceback.format_exception(error))))
             self._give_up(" ".join(f"{type(error).__name__}: {error}".split())[:300])
         finally:
             self._started.set()

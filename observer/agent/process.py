@@ -20,8 +20,10 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from swanlab_ray.actors.log import log
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.locks import hold_lock, nobody_holds
+from swanlab_ray.actors.wire.secret_shapes import masked
 from swanlab_ray.observer.agent.frames import Opening, Stream
 from swanlab_ray.observer.agent.onward import ToHead, ToWriter, Unstarted
 from swanlab_ray.observer.agent.private import Cluster
@@ -148,7 +150,7 @@ class Agent:
             with self._asking:
                 self._connection = Future()
                 self._wanted.clear()
-            print(f"{type(error).__name__}: {error}", flush=True)
+            log(masked(f"{type(error).__name__}: {error}"))
             connection.set_exception(error if isinstance(error, NoCluster) else NoCluster(str(error)))
 
     def _join_or_start(self) -> Connection:
@@ -172,7 +174,7 @@ class Agent:
             if os.environ.get("RAY_ADDRESS"):
                 raise
             finding.leave()
-            print(error, flush=True)
+            log(masked(str(error)))
             return False
         return True
 
@@ -190,7 +192,7 @@ class Agent:
 
     def _give_up(self, why: str) -> None:
         """The cluster could not be started, or has ended, and this process ends. The ranks that wait are told."""
-        print(why, flush=True)
+        log(masked(why))
         if not self._connection.done():
             self._connection.set_exception(Unstarted(why))
 
