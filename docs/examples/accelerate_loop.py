@@ -23,6 +23,8 @@ def main() -> None:
         tracker.observer.log({"loss": loss}, step=step)  # every rank; accelerator.log is the main process only
         accelerator.log({"lr": optimizer.param_groups[0]["lr"]}, step=step)
 
+    # A DDP model that is let go of after its process group may hang in PyTorch 2.13 with Gloo.
+    model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
 
 
