@@ -29,7 +29,7 @@ demo: install
 test: install
 	TESTS_SLOWNESS=$$($(BIN)/python -m tests.slowness) $(MAKE) --jobs 5 lint typecheck test-axolotl test-newest test-others
 
-test-others: install build/oldest build/newest build/imported
+test-others: install build/oldest build/newest build/launchers build/imported
 	$(PYTEST) --ignore tests/test_plugin.py
 
 # Beside the others, from which they have other libraries; what they print is shown when they are over.

@@ -28,11 +28,13 @@ from swanlab_ray.observer.job.identity import (
 ONE = Identity(0, 1, 0, 1)
 FOUR = Identity(1, 4, 1, 1)
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+HYDRA = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "5", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
 
 _NAMES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
     *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     *("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID"),
     *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_CLUSTER_NAME"),
     *("SLURM_RESTART_COUNT", "PMIX_NAMESPACE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_MAX_RESTARTS"),
@@ -93,6 +95,12 @@ def test_any_environment_is_a_place_in_a_job_or_one_sentence(env: dict[str, str]
          Identity(3, 5, 2, 2, node=0)),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3,2", "SLURM_NODEID": "7"}, Identity(3, 5, 0, 2, node=1)),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x3)"}, Identity(3, 5, 0, 5, node=3)),  # six: not this step's
+        # MPICH and Intel MPI; and what people hand on of a launcher's variables, which says nothing of the machine.
+        (HYDRA, Identity(5, 8, 1, 2, node=1)),
+        (HYDRA | {"RANK": "5", "WORLD_SIZE": "8"}, Identity(5, 8, 1, 2, node=1)),
+        (HYDRA | {"RANK": "0", "WORLD_SIZE": "4"}, Identity(0, 4, 0, 4)),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3,1(x2)", "RANK": "3", "WORLD_SIZE": "5"},
+         Identity(3, 5, 0, 3, node=1)),
     ],
 )  # fmt: skip
 def test_what_can_be_known_of_a_launcher_is_known(env: dict[str, str], identity: Identity) -> None:

@@ -145,8 +145,9 @@ def check_run_id(settings: ObserverSettings, identity: Identity, env: Mapping[st
     if scheduler_step(identity, env) or default_store() is not None:
         return
     raise SettingsError(
-        f"Cannot tell this job of {identity.world_size} processes from others on the cluster: set OBSERVER_RUN_ID to "
-        "one value for all of its ranks, or start it with torchrun."
+        f"Cannot tell this job of {identity.world_size} processes from others on the cluster: call connect() after "
+        "torch.distributed.init_process_group(), set OBSERVER_RUN_ID to one value for all of its ranks, or start it "
+        "with torchrun."
     )
 
 

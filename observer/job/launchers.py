@@ -47,6 +47,8 @@ _LAUNCHERS = (
     ),
     # The step's variables: a batch script itself has SLURM_NTASKS without being one of these tasks.
     _Launcher("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_STEP_TASKS_PER_NODE",), "SLURM_NODEID"),
+    # MPICH and Intel MPI (Hydra); last, since Slurm sets two of these for its tasks as well.
+    _Launcher("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",)),
 )
 
 
@@ -56,19 +58,25 @@ def place_of(env: Mapping[str, str]) -> Place | None:
     Raises:
         SettingsError: rank and world size are no numbers, or contradict each other.
     """
-    for launcher in _LAUNCHERS:
-        if is_set(env, launcher.rank) and is_set(env, launcher.size):
-            rank, size = _number(env, launcher.rank), _number(env, launcher.size)
-            if not 1 <= size <= MOST_PROCESSES:
-                raise SettingsError(
-                    f"{launcher.size}={size} is no number of processes: unset it, or let the launcher set it."
-                )
-            if not 0 <= rank < size:
-                raise SettingsError(
-                    f"{launcher.rank}={rank} does not fit {launcher.size}={size}: ranks go from 0 to {size - 1}."
-                )
-            return _placed(env, launcher, rank, size)
-    return None
+    telling = [launcher for launcher in _LAUNCHERS if is_set(env, launcher.rank) and is_set(env, launcher.size)]
+    if not telling:
+        return None
+    launcher = telling[0]
+    rank, size = _number(env, launcher.rank), _number(env, launcher.size)
+    if not 1 <= size <= MOST_PROCESSES:
+        raise SettingsError(f"{launcher.size}={size} is no number of processes: unset it, or let the launcher set it.")
+    if not 0 <= rank < size:
+        raise SettingsError(
+            f"{launcher.rank}={rank} does not fit {launcher.size}={size}: ranks go from 0 to {size - 1}."
+        )
+    return _placed(env, next((one for one in telling if _details(env, one, rank, size)), launcher), rank, size)
+
+
+def _details(env: Mapping[str, str], launcher: _Launcher, rank: int, size: int) -> bool:
+    """Whether it tells the place on the machine of this rank: people hand on what Slurm or MPI has told them as RANK
+    and WORLD_SIZE, and nothing else."""
+    agrees = whole(env[launcher.rank]) == rank and whole(env[launcher.size]) == size
+    return agrees and is_set(env, launcher.local_rank)
 
 
 def is_set(env: Mapping[str, str], name: str) -> bool:
