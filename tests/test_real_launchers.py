@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from textwrap import indent
 import pytest
 
 from swanlab_ray.actors.journal.records import Arrived
-from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.runs.finding import RunFiles, find_runs
 from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.observer.ray_cluster.ports import free_ports
 from tests.conftest import SLOWNESS, SharedCluster, environment
@@ -76,15 +77,24 @@ quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False
 Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, callbacks=[Observed()], **quiet).fit(Model(), rows)
 """
 
-NOTEBOOK = f"""
+CELL = """
 from jupyter_client.manager import start_new_kernel
 manager, client = start_new_kernel()
-cell = '''{BY_ITSELF}'''
-for _ in range(2):  # the same cell once more is a second run
-    assert client.execute_interactive(cell)["content"]["status"] == "ok"
+for _ in range({times}):
+    assert client.execute_interactive({code!r})["content"]["status"] == "ok"
 client.stop_channels()
 manager.shutdown_kernel()
 """
+NOTEBOOK = CELL.format(times=2, code=BY_ITSELF)  # the same cell once more is a second run
+NOTEBOOK_LAUNCHER = CELL.format(
+    times=1,
+    code=f"""
+import accelerate
+def train():
+{indent(BY_ITSELF, "    ")}
+accelerate.notebook_launcher(train, num_processes=2)
+""",
+)
 
 
 def python(module: str, *options: str) -> list[str]:
@@ -120,31 +130,44 @@ MPIRUN = [str(Path(sys.executable).parent / "mpirun"), "--oversubscribe", "-n", 
         ([sys.executable], SPAWN, 1),
         ([sys.executable], LIGHTNING, 1),
         ([sys.executable], NOTEBOOK, 2),
+        ([sys.executable], NOTEBOOK_LAUNCHER, 1),
     ],
-    ids=["accelerate", "deepspeed", "mpirun", "hydra", "spawn", "lightning", "notebook"],
+    ids=["accelerate", "deepspeed", "mpirun", "hydra", "spawn", "lightning", "notebook", "notebook_launcher"],
 )
 def test_every_rank_is_in_the_one_run(
     command: list[str], script: str, runs: int, tmp_path: Path, in_cluster: SharedCluster
 ) -> None:
     (port,) = free_ports(1)
-    started(tmp_path, script, [part.format(port=port) for part in command])
+    started(tmp_path, script, [*(part.format(port=port) for part in command), "script.py"])
     found = find_runs([tmp_path / "swanlog"])
     assert len(found) == runs
-    ranks = range(2 // runs)
     for run in found:
-        assert sorted((rank, step, values["loss"]) for rank, step, values in logged_in(run)) == [
-            (rank, step, 10 * rank + step) for rank in ranks for step in range(3)
-        ]
-        arrived = [entry for entry in merged(run) if isinstance(entry, Arrived)]
-        assert {(one.rank, one.world_size, one.local_rank) for one in arrived} == {
-            (rank, len(ranks), rank) for rank in ranks
-        }
+        check(run, range(2 // runs))
+
+
+def test_a_job_that_was_submitted_to_ray(tmp_path: Path, dashboard: SharedCluster) -> None:
+    """Its working directory is Ray's, so it is told where the run shall lie."""
+    variables = json.dumps({"env_vars": {"OBSERVER_LOG_DIR": str(tmp_path / "swanlog")}})
+    ray = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", dashboard.dashboard]
+    entrypoint = python("torch.distributed.run", "--standalone", "--nproc_per_node=2", f"{tmp_path}/script.py")
+    started(tmp_path, BY_ITSELF, [*ray, f"--runtime-env-json={variables}", "--", *entrypoint])
+    (run,) = find_runs([tmp_path / "swanlog"])
+    check(run, range(2))
+
+
+def check(run: RunFiles, ranks: range) -> None:
+    assert sorted((rank, step, values["loss"]) for rank, step, values in logged_in(run)) == [
+        (rank, step, 10 * rank + step) for rank in ranks for step in range(3)
+    ]
+    arrived = [entry for entry in merged(run) if isinstance(entry, Arrived)]
+    places = {(one.rank, one.world_size, one.local_rank) for one in arrived}
+    assert places == {(rank, len(ranks), rank) for rank in ranks}
 
 
 def started(tmp_path: Path, script: str, command: list[str]) -> None:
     (tmp_path / "script.py").write_text(script)
     done = subprocess.run(
-        [*command, "script.py"],
+        command,
         cwd=tmp_path,
         env=environment()
         | {
