@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -342,36 +343,29 @@ def _tell_synced(run: Synced | str) -> None:
         print(f"  {places} could not be read: swanlab-ray verify tells what is missing")
 
 
-@main.command(short_help="Check the settings, and the Lark bot.")
+@main.command(short_help="Look for what is wrong on this machine, or on all of a job.")
 @click.option("--lark", is_flag=True, help="Send a test message to the bot of SWANLAB_LARK_WEBHOOK_URL.")
 def doctor(lark: bool) -> None:
-    """Check the settings that the environment gives; with --lark also the Lark (Feishu) bot, by a test message."""
-    settings: ObserverSettings = _guarded(ObserverSettings)
-    _guarded(lambda: check_writable(settings.log_dir))
-    print(shown(f"Settings: project {settings.project or '(none)'}, mode {settings.mode}, runs in {settings.log_dir}"))
-    if lark:
-        print(_test_lark(settings))
+    """Look for what is wrong on this machine before a training finds out: settings, versions, disk, ports, SwanLab's
+    cloud and key, the Lark (Feishu) bot, the Ray cluster; then a run of a second, which nobody sees.
 
+    With a launcher it looks at every machine of a job, and whether they reach each other:
 
-def _test_lark(settings: ObserverSettings) -> str:
-    from swanlab_ray.actors.notify.cards import Message, Words, card
-    from swanlab_ray.actors.notify.outbox import Refused, Unavailable, open_bot
+    \b
+      torchrun --nnodes=2 ... --nproc_per_node=1 --no-python swanlab-ray doctor
+      srun swanlab-ray doctor
+    """
+    from swanlab_ray.observer.doctor.examine import examine
 
-    bot = open_bot(settings)
-    if bot is None:
-        raise click.ClickException("Lark: set SWANLAB_LARK_WEBHOOK_URL to the webhook in the bot's settings.")
-    title = Words("Notifications arrive", "通知测试成功")
-    text = Words("A run with this webhook sends its notifications here.", "使用此 webhook 的训练会把通知发送到这里。")
-    try:
-        bot.send(card(Message("test", "test", title, "green", [], text, footer="SwanLab · swanlab-ray doctor")))
-    except Refused as error:
-        raise click.ClickException(f"Lark refuses the message: {error}.") from None
-    except Unavailable as error:
-        raise click.ClickException(
-            f"Lark does not take the message at present: {error}; check the address and the network, or try later."
-        ) from None
-    unsigned = "" if settings.lark_secret else ", unsigned: set SWANLAB_LARK_SECRET for production use"
-    return f"Lark: the test message has arrived{unsigned}"
+    console, host = terminal(), socket.gethostname().partition(".")[0]
+    wrong = 0
+    for found in examine(lark):
+        wrong += found.state == "wrong"
+        line = f"{host}  {found.state:5}  {found.about}: {found.told}"
+        say(console, line, {"ok": "green", "note": "yellow", "wrong": "bold red"}[found.state])
+        sys.stdout.flush()
+    if wrong:
+        raise _failure(f"{many(wrong, 'thing')} to mend on {host}.")
 
 
 def _failure(sentence: str) -> click.ClickException:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import sys
 import threading
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from swanlab_ray.actors.notify import lark as lark_module
 from swanlab_ray.actors.notify import outbox as mailbox_module
@@ -20,7 +18,6 @@ from swanlab_ray.actors.notify.lark import LarkBot
 from swanlab_ray.actors.notify.outbox import Mailbox, Refused, Unavailable
 from swanlab_ray.actors.notify.proxies import proxy_for
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
-from swanlab_ray.observer.cli import main
 from tests.conftest import wait_until
 from tests.lark_bot import SECRET, TOKEN, Fault, LarkGroup, texts, title
 
@@ -409,33 +406,3 @@ def test_a_bot_that_wants_a_secret_is_not_told_of_a_wrong_one(group: LarkGroup) 
 def test_feishu_lark_and_deployments(host: str) -> None:
     settings = ObserverSettings(project="p", lark_webhook_url=f"https://{host}/open-apis/bot/v2/hook/12ab-cd")
     assert settings.lark_webhook_url is not None
-
-
-def doctor(**env: str) -> Any:
-    return CliRunner().invoke(main, ["doctor", "--lark"], env=env)
-
-
-def test_doctor_sends_a_test_message(group: LarkGroup, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG):
-        done = doctor(**group.environment())
-    assert done.exit_code == 0, done.output
-    assert "Lark: the test message has arrived\n" in done.output
-    assert title(group.cards[0]) == "Notifications arrive"
-    for leaked in (TOKEN, SECRET):
-        assert leaked not in done.output + caplog.text + json.dumps(group.cards)
-
-
-def test_doctor_says_what_is_wrong(group: LarkGroup) -> None:
-    refused = doctor(**group.environment() | {"SWANLAB_LARK_SECRET": "other"})
-    assert refused.exit_code == 1
-    assert "Lark refuses the message: the signature is wrong: check swanlab_lark_secret" in refused.output
-    missing = doctor()
-    assert missing.exit_code == 1
-    assert "set SWANLAB_LARK_WEBHOOK_URL" in missing.output
-    malformed = doctor(SWANLAB_LARK_WEBHOOK_URL="https://example.com")
-    assert malformed.exit_code == 1
-    assert "Invalid swanlab_lark_webhook_url" in malformed.output
-    group.stop()
-    away = doctor(**group.environment())
-    assert away.exit_code == 1
-    assert "Lark does not take the message at present: ConnectError;" in away.output

@@ -62,6 +62,11 @@ class Skew:
             self._begun_ns = now_ns
             self._behind.append(behind)
 
+    @property
+    def seconds(self) -> float:
+        """By which it is behind, as far as messages tell."""
+        return min(self._behind, default=0) / 1e9
+
     def corrected(self, moment_ns: int) -> int:
         """A moment by the rank's clock, on the writer's scale."""
         behind = min(self._behind, default=0)

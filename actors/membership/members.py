@@ -120,6 +120,7 @@ class Member:
             received=account.received,
             spooled=account.counts.spooled,
             dropped=sum(account.counts.dropped.values()),
+            behind=self.skew.seconds,
         )
 
 

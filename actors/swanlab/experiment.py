@@ -21,7 +21,7 @@ from swanlab_ray.actors.delivery.sink import Row
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.swanlab import sdk
 from swanlab_ray.actors.swanlab.limits import fit_config
-from swanlab_ray.actors.swanlab.login import find_account
+from swanlab_ray.actors.swanlab.login import Account, find_account
 from swanlab_ray.actors.wire.events import State
 from swanlab_ray.actors.wire.text import brief
 
@@ -58,6 +58,25 @@ class Point(NamedTuple):
     value: float
 
 
+def log_in(settings: ObserverSettings) -> Account:
+    """Use the account of these settings in this process from now on.
+
+    Raises:
+        NoKey: there is none.
+        CloudError: its host cannot be reached, or does not accept the key.
+    """
+    account = find_account(settings)
+    if not account.api_key:
+        raise NoKey("no API key was provided: set SWANLAB_API_KEY, or run `swanlab login` on this machine")
+    if not _reachable(account.api_host):  # SwanLab would say that the key is wrong, after 15 s
+        raise CloudError(f"{account.api_host} cannot be reached")
+    try:
+        sdk.log_in(account.api_key, account.api_host)
+    except Exception as error:
+        raise CloudError(f"{account.api_host} did not accept the API key") from error
+    return account
+
+
 class CloudExperiment:
     """One experiment and what it takes to fill it. Every method but the constructor may raise :class:`CloudError`."""
 
@@ -91,15 +110,7 @@ class CloudExperiment:
 
     def _open(self) -> None:
         ours = self._settings
-        account = find_account(ours)
-        if not account.api_key:
-            raise NoKey("no API key was provided: set SWANLAB_API_KEY, or run `swanlab login` on this machine")
-        if not _reachable(account.api_host):  # SwanLab would say that the key is wrong, after 15 s
-            raise CloudError(f"{account.api_host} cannot be reached")
-        try:
-            sdk.log_in(account.api_key, account.api_host)
-        except Exception as error:
-            raise CloudError(f"{account.api_host} did not accept the API key") from error
+        account = log_in(ours)
         opened = self._opened = sdk.open_experiment(
             ours.log_dir,
             CHUNK_SCALARS,

@@ -33,6 +33,8 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Events of it in the journal."""
     spooled: int
     dropped: int
+    behind: float = 0.0
+    """Seconds by which the clock of its machine is behind the writer's."""
 
 
 class Hang(msgspec.Struct, frozen=True, kw_only=True):
