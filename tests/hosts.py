@@ -42,14 +42,15 @@ def why_impossible() -> str | None:
 
 
 class Hosts:
-    """So many of them, on one bridge."""
+    """So many of them, on one bridge; with IPv4, or IPv6 only."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, ipv6: bool = False) -> None:
         reason = why_impossible()
         if reason is not None:
             (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"no hosts here: {reason}")
         self._mark = f"{os.getpid() % 10_000}"
-        self._net = f"10.{os.getpid() % 200 + 20}.{os.getpid() // 200 % 250}"
+        self._net = "fd00::" if ipv6 else f"10.{os.getpid() % 200 + 20}.{os.getpid() // 200 % 250}."
+        self._mask = "64 nodad" if ipv6 else "24"
         self._files = Path(tempfile.mkdtemp(prefix="hosts-"))
         self._holders: list[subprocess.Popen[bytes]] = []
         self._started: list[subprocess.Popen[bytes]] = []
@@ -69,7 +70,7 @@ class Hosts:
         _ip(f"netns add {name}")
         _ip(f"link add {link} type veth peer name eth0 netns {name}")
         _ip(f"link set {link} master {bridge} up")
-        _ip(f"-n {name} addr add {self.address(number)}/24 dev eth0")
+        _ip(f"-n {name} addr add {self.address(number)}/{self._mask} dev eth0")
         _ip(f"-n {name} link set eth0 up")
         _ip(f"-n {name} link set lo up")
         unshare = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -81,7 +82,7 @@ class Hosts:
         self._first.append(first.pid)
 
     def address(self, number: int) -> str:
-        return f"{self._net}.{number + 1}"
+        return f"{self._net}{number + 1}"
 
     def _name(self, number: int) -> str:
         return f"h{self._mark}-{number}"
@@ -126,6 +127,11 @@ class Hosts:
 
     def mend(self, number: int) -> None:
         _ip(f"link set {self._link(number)} up")
+
+    def forbid(self, number: int, port: int) -> None:
+        """It may reach this TCP port of nobody, as behind a firewall."""
+        family = "-6" if ":" in self._net else "-4"
+        _ip(f"{family} -n {self._name(number)} rule add ipproto tcp dport {port} prohibit")
 
     def end(self) -> None:
         for holder in self._holders:

@@ -46,25 +46,21 @@ JOB = """
 
 
 class Job:
-    """Two ranks on each of two hosts, under torchrun."""
+    """Two ranks on each of two hosts, under torchrun; or what ``command`` names instead of a script."""
 
-    def __init__(self, hosts: Hosts, directory: Path, source: str = JOB, **env: str) -> None:
+    def __init__(self, hosts: Hosts, directory: Path, command: tuple[str, ...] = (), **env: str) -> None:
         self.hosts = hosts
         self.directory = directory
         script = directory / "job.py"
-        script.write_text(textwrap.dedent(source))
+        script.write_text(textwrap.dedent(JOB))
         self.places = [directory / f"disk{number}" for number in range(2)]  # no disk is shared
         for number, place in enumerate(self.places):
             place.mkdir()
-            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
-            command += [
-                f"--node_rank={number}",
-                f"--master_addr={hosts.address(0)}",
-                "--master_port=29500",
-                str(script),
-            ]
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
+            where = [f"--node_rank={number}", f"--master_addr={hosts.address(0)}", "--master_port=29500"]
             given = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "RAY_TMPDIR": str(place)}
-            hosts.start(number, command, place, self.output(number), job_environment(given | env))
+            called = [*torchrun, *where, *(command or [str(script)])]
+            hosts.start(number, called, place, self.output(number), job_environment(given | env))
 
     def output(self, number: int) -> Path:
         return self.directory / f"output{number}.txt"
@@ -104,8 +100,8 @@ FINISHED = r"finished True False .*logged=30, acknowledged=30, spooled=0, droppe
 
 
 @pytest.fixture
-def hosts() -> Iterator[Hosts]:
-    hosts = Hosts(2)
+def hosts(request: pytest.FixtureRequest) -> Iterator[Hosts]:
+    hosts = Hosts(2, ipv6=getattr(request, "param", "IPv4") == "IPv6")
     yield hosts
     hosts.end()
 
@@ -128,6 +124,7 @@ def ends(run: RunFiles) -> str:
 
 
 @pytest.mark.takes(30)
+@pytest.mark.parametrize("hosts", ["IPv4", "IPv6"], indirect=True)
 def test_two_machines_without_ray_are_one_run(hosts: Hosts, tmp_path: Path) -> None:
     """And leave nothing behind: no flag, no shared disk."""
     job = Job(hosts, tmp_path, OBSERVER_PORTS="20000-20010")
@@ -202,3 +199,44 @@ def test_the_machine_of_the_head_is_gone(hosts: Hosts, tmp_path: Path) -> None:
     there = sorted((number, step) for number, step, _ in logged_in(run))
     assert [event for event in there if event[0] < 2] == [(rank, step) for rank in (0, 1) for step in range(11)]
     assert [event for event in there if event[0] >= 2] == EVERYTHING[60:]
+
+
+@pytest.mark.takes(40)
+def test_a_machine_that_may_not_reach_the_other_trains_on(hosts: Hosts, tmp_path: Path) -> None:
+    """It says which machine and why, and keeps what it logs; put together, nothing is missing."""
+    hosts.forbid(1, 20000)
+    job = Job(hosts, tmp_path, OBSERVER_PORTS="20000", OBSERVER_RANK_TIMEOUT="5")
+    job.wait_over()
+    said = job.output(1).read_text()
+    assert len(re.findall(r"finished False False .*logged=30, acknowledged=0, spooled=30, dropped=\{\}", said)) == 2, (
+        said
+    )
+    assert re.search(rf"rank 0's machine cannot be reached \(.*{hosts.address(0)}:20000: .*", said), said
+    assert job.output(0).read_text().count("finished True") == 2
+    assert len(job.events()) == 60
+    (run,) = find_runs([place / "swanlog" for place in job.places])
+    assert sorted((rank, step) for rank, step, _ in logged_in(run)) == EVERYTHING
+
+
+@pytest.mark.takes(40)
+@pytest.mark.parametrize("reachable", [True, False])
+def test_the_doctor_looks_at_every_machine_and_between_them(hosts: Hosts, tmp_path: Path, reachable: bool) -> None:
+    if not reachable:
+        hosts.forbid(1, 20000)
+    job = Job(hosts, tmp_path, ("-m", "swanlab_ray.observer.cli", "doctor"), OBSERVER_PORTS="20000-20000")
+    if not reachable:  # torchrun of one machine waits for that of the other, which has ended with an error
+        wait_until(lambda: "1 thing to mend on h1" in job.said(), 180, "the doctor has spoken")
+        wait_until(lambda: job.said().count("trial run") == 4, 180, "of all ranks")
+        job.end_torchrun(0)
+    job.wait_over()
+    there, here = (job.output(number).read_text() for number in (1, 0))
+    for number, output in enumerate((here, there)):
+        assert output.count(f"h{number}  ok     versions: ") == 1
+    if reachable:
+        assert (here + there).count("ok     trial run") == 4
+        assert (here + there).count("ok     all ranks: 4 ranks on 2 machines (h0, h1) in one run") >= 1
+    else:
+        assert here.count("h0  ok     trial run") == 2
+        assert there.count("h1  wrong  trial run: ") == 2
+        assert f"{hosts.address(0)}:20000: " in there
+    assert not [path for place in job.places for path in place.glob("swanlog*")]

@@ -41,6 +41,7 @@ def examine_trial(settings: ObserverSettings, world_size: int) -> Iterator[Findi
             log_dir=directory,
             alerts=(),
             node_interval=0,
+            rank_timeout=10,
             dashboard=False,
             lark_webhook_url=None,
             lark_secret=None,
