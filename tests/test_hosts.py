@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from swanlab_ray.actors.journal.records import Ended
+from swanlab_ray.actors.journal.records import Arrived, Ended
 from swanlab_ray.actors.runs.finding import RunFiles, find_runs
 from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.observer.agent import starting
@@ -42,6 +42,31 @@ JOB = """
     if "ALONE" not in os.environ:
         dist.barrier()
     print("finished", observer.finish(), "ray" in sys.modules, observer.statistics(), flush=True)
+"""
+
+
+ELASTIC = """
+    import os, time
+    from pathlib import Path
+    import torch.distributed as dist
+    from swanlab_ray.observer import connect
+
+    dist.init_process_group("gloo")
+    observer, here = connect(), Path(__file__).parent
+    size = dist.get_world_size()
+    step = int((here / "step").read_text()) if (here / "step").exists() else 0
+    stop = [False]
+    while not stop[0]:
+        observer.log({"loss": step}, step)
+        step += 1
+        if observer.rank == 0:
+            (here / "new").write_text(str(step))
+            (here / "new").rename(here / "step")  # the checkpoint
+            (here / f"size{size}").touch()
+            stop = [(here / "stop").exists()]
+        dist.broadcast_object_list(stop, 0)
+        time.sleep(0.05)
+    print("finished", observer.finish(), flush=True)
 """
 
 
@@ -99,9 +124,24 @@ EVERYTHING = [(rank, step) for rank in range(4) for step in range(30)]
 FINISHED = r"finished True False .*logged=30, acknowledged=30, spooled=0, dropped=\{\}"
 
 
+def elastic(hosts: Hosts, directory: Path, number: int) -> None:
+    """A rank on this host, of two or three that may come and go."""
+    (directory / "job.py").write_text(textwrap.dedent(ELASTIC))
+    place = directory / f"disk{number}"
+    place.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2:3", "--nproc_per_node=1", "--max_restarts=3"]
+    command += ["--rdzv_backend=c10d", f"--rdzv_endpoint={hosts.address(0)}:29500", "--rdzv_id=elastic"]
+    command += ["--rdzv_conf=last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"]
+    # Else a machine that comes later waits in vain for what the others have been told before (PyTorch 2.13).
+    given = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": "eth0", "RAY_TMPDIR": str(place)}
+    output = directory / f"output{number}.txt"
+    hosts.start(number, [*command, str(directory / "job.py")], place, output, job_environment(given))
+
+
 @pytest.fixture
 def hosts(request: pytest.FixtureRequest) -> Iterator[Hosts]:
-    hosts = Hosts(2, ipv6=getattr(request, "param", "IPv4") == "IPv6")
+    param = getattr(request, "param", "IPv4")
+    hosts = Hosts(3 if param == "three" else 2, ipv6=param == "IPv6")
     yield hosts
     hosts.end()
 
@@ -240,3 +280,26 @@ def test_the_doctor_looks_at_every_machine_and_between_them(hosts: Hosts, tmp_pa
         assert there.count("h1  wrong  trial run: ") == 2
         assert f"{hosts.address(0)}:20000: " in there
     assert not [path for place in job.places for path in place.glob("swanlog*")]
+
+
+@pytest.mark.takes(40)
+@pytest.mark.parametrize("hosts", ["three"], indirect=True)
+def test_an_elastic_job_that_grows_and_shrinks_is_one_run(hosts: Hosts, tmp_path: Path) -> None:
+    elastic(hosts, tmp_path, 0)
+    elastic(hosts, tmp_path, 1)
+    wait_until((tmp_path / "size2").exists, 120, "two ranks train")
+    elastic(hosts, tmp_path, 2)
+    wait_until((tmp_path / "size3").exists, 120, "three ranks train")
+    (tmp_path / "size2").unlink()
+    hosts.kill(2)
+    wait_until((tmp_path / "size2").exists, 120, "two ranks train again")
+    (tmp_path / "stop").touch()
+    wait_until(lambda: not any(hosts.processes(number) for number in range(3)), 240, "all processes are over")
+    said = "".join((tmp_path / f"output{number}.txt").read_text() for number in range(3))
+    assert said.count("finished True") == 2, said
+    (run,) = find_runs([place for number in range(3) if (place := tmp_path / f"disk{number}" / "swanlog").exists()])
+    assert run.run_id.startswith("elastic-")
+    assert {entry.world_size for entry in merged(run) if isinstance(entry, Arrived)} == {2, 3}
+    steps = {step for rank, step, _ in logged_in(run) if rank == 0}
+    assert steps == set(range(int((tmp_path / "step").read_text())))
+    assert re.search(r"run elastic-\S+ ended: success", said)

@@ -212,6 +212,29 @@ def test_ranks_that_a_script_has_started_agree_through_their_own_store(
     assert not agreed[0].startswith("slurm")
 
 
+def test_an_elastic_job_keeps_its_id_where_its_store_does_not_outlive_its_ranks(
+    group: Callable[..., None], tmp_path: Path
+) -> None:
+    """It is that of rank 0, and goes by the process of torchrun, which does."""
+    import torch.distributed as dist
+
+    settings = ObserverSettings(project="p")
+
+    def agreed(attempt: int, job: str = "job") -> list[str]:
+        ids = []
+        for rank in range(2):
+            group(rank, 2, dist.FileStore(str(tmp_path / f"rendezvous{job}{attempt}"), 2))
+            env = {"TORCHELASTIC_RUN_ID": job, "RANK": str(rank), "WORLD_SIZE": "2"}
+            ids.append(resolve_run_id(settings, identify(env), env))
+            dist.destroy_process_group()
+        return ids
+
+    first = agreed(0)
+    assert first == agreed(1) == [first[0]] * 2
+    assert first[0].startswith("job-")
+    assert agreed(2, "other") != first
+
+
 def test_ranks_on_several_machines_are_not_taken_for_one(group: Callable[..., None]) -> None:
     """Nobody tells how many machines there are: a cluster of one machine would not serve them."""
     import torch.distributed as dist

@@ -6,12 +6,16 @@ import hashlib
 import os
 import re
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
+
+import psutil
 
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
 from swanlab_ray.actors.wire.naming import RUN_ID_CHARACTERS, is_run_id, run_id_of, slug
@@ -22,6 +26,7 @@ from swanlab_ray.observer.trainers.internals import default_store
 
 STORE_TIMEOUT_S = 60.0
 """How long a store is waited for that the ranks agree through; then it is tried again."""
+RUN_ID_KEY = "swanlab-ray/run-id"
 STORE_DEADLINE_S = 5.0
 """How long torchrun's store is waited for where only a nonce is asked of it."""
 
@@ -183,7 +188,12 @@ def _job(settings: ObserverSettings, identity: Identity, env: Mapping[str, str])
         # Programs of one process are told apart by their directory as well: an id means one experiment in the cloud.
         return step if identity.world_size > 1 else run_id_of(f"{step}-{_short_hash(str(settings.log_dir))}")
     store = default_store()
-    return None if store is None else _agree(store, fresh_run_id())
+    if store is None:
+        return None
+    if identity.rank > 0:  # the proposal of rank 0 is the same after a restart
+        with suppress(Exception):
+            store.wait([RUN_ID_KEY], timedelta(seconds=STORE_TIMEOUT_S))
+    return _agree(store, _of_torchrun(env) or fresh_run_id())
 
 
 def scheduler_step(identity: Identity, env: Mapping[str, str] = os.environ) -> str | None:
@@ -263,9 +273,26 @@ def gpu_name(local_rank: int, env: Mapping[str, str] = os.environ) -> str | None
 
 def fresh_run_id(launcher_id: str = "") -> str:
     """An id that no other run has, after the launcher's name of the job where that says anything."""
+    return _run_id(launcher_id, time.time(), secrets.token_hex(3))
+
+
+def _of_torchrun(env: Mapping[str, str]) -> str | None:
+    """An id by the torchrun process that has started this one, which outlives its ranks; for an elastic job whose store
+    does not, since it is one of ``torch.distributed`` (``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``)."""
+    if not is_set(env, "TORCHELASTIC_RUN_ID"):
+        return None
+    try:
+        torchrun = psutil.Process(os.getppid())
+        began = torchrun.create_time()
+    except psutil.Error:  # it has just ended
+        return None
+    return _run_id(env["TORCHELASTIC_RUN_ID"], began, _short_hash(f"{socket.gethostname()} {torchrun.pid} {began}"))
+
+
+def _run_id(launcher_id: str, began: float, unique: str) -> str:
     name = slug(launcher_id)
     plain = name in ("", "none") or re.fullmatch(r"[0-9a-f]{8}-[0-9a-f-]{27}", name)
-    return f"{'' if plain else name[:32] + '-'}{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    return f"{'' if plain else name[:32] + '-'}{time.strftime('%Y%m%d-%H%M%S', time.localtime(began))}-{unique}"
 
 
 def _ray_train_context() -> Any:
@@ -324,7 +351,7 @@ def shared_store(env: Mapping[str, str] = os.environ) -> Any:
 
 def _agree(store: Any, proposal: str) -> str:
     """The first proposal that reached the store. No collective: each rank asks for itself."""
-    agreed = bytes(store.compare_set("swanlab-ray/run-id", "", proposal)).decode(errors="replace")
+    agreed = bytes(store.compare_set(RUN_ID_KEY, "", proposal)).decode(errors="replace")
     return agreed if is_run_id(agreed) else run_id_of(agreed)
 
 
