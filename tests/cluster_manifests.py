@@ -24,6 +24,8 @@ from tests import cluster_shell
 ROOT = Path(__file__).parents[1]
 IMAGE = "registry.example.com/train:1"
 """What docker/Dockerfile is built as."""
+IN_THE_IMAGE = {"/home/ray": "docs/examples", "/etc/axolotl": "cluster_configs/axolotl"}
+"""Where files of the checkout lie there, or are mounted."""
 KUBERNETES = "1.30"
 RAY = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)[1]  # type: ignore[index]
 SETTINGS = {
@@ -58,10 +60,9 @@ def program(command: str) -> str:
     if name not in ("python", "torchrun", "axolotl"):
         raise ValueError(f"the image has no {name}")
     cluster_shell.check(cluster_shell.Call(name, "", tuple(arguments)))
-    script = next(argument for argument in arguments if argument.endswith((".py", ".yaml")))
-    where = "cluster_configs/axolotl" if script.startswith("/etc/axolotl/") else "docs/examples"
-    if not (ROOT / where / Path(script).name).exists():
-        raise ValueError(f"there is no {where}/{Path(script).name}")
+    script = Path(next(argument for argument in arguments if argument.endswith((".py", ".yaml"))))
+    if not (ROOT / IN_THE_IMAGE[str(script.parent)] / script.name).exists():
+        raise ValueError(f"there is no {script}")
     return command
 
 

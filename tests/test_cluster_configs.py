@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests import cluster_shell
 from tests.cluster_files import CONFIGS, FILES, problems
-from tests.cluster_manifests import ROOT, SETTINGS
+from tests.cluster_manifests import IMAGE, ROOT, SETTINGS
 
 CLUSTERS = ROOT / "docs" / "clusters.md"
 
@@ -53,16 +54,39 @@ def test_every_file_is_explained() -> None:
     assert {str(file.relative_to(CONFIGS)) for file in FILES if file.parent.name != "axolotl"} <= explained
 
 
+BLOCKS = re.findall(r"```bash\n(.*?)```", CLUSTERS.read_text(), re.S)
+
+
 def test_commands_of_the_page_are_right() -> None:
     """Each by shellcheck, with variables that are read; what is applied, submitted or run is a file that is there."""
-    blocks = re.findall(r"```bash\n(.*?)```", CLUSTERS.read_text(), re.S)
-    assert len(blocks) >= 8
+    assert len(BLOCKS) >= 10
     folders = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
-    for block in blocks:
-        assert list(cluster_shell.shellcheck(block, "--shell=bash", "--exclude=SC2164")) == []
+    for block in BLOCKS:
+        assert list(cluster_shell.shellcheck(block, "--shell=bash")) == []
         assert set(re.findall(r"\b(?:OBSERVER|SWANLAB)_[A-Z_]+", block)) <= SETTINGS
         for name in re.findall(r"(?<![\w/.-])((?:\w+/)*[\w-]+\.(?:yaml|sbatch|sh))\b", block):
             if name.split("/")[0] in folders or "/" not in name:
                 assert any(str(file).endswith(f"/{name}") for file in FILES), name
-        for line in re.findall(r"^(?:[A-Z_]+=\S+ )*(torchrun|ray) (.*)", block, re.M):
-            cluster_shell.check(cluster_shell.Call(line[0], "", tuple(line[1].partition("#")[0].split())))
+        for program, given in re.findall(r"^(?:[A-Z_]+=\S+ )*(torchrun|ray) (.*)", block, re.M):
+            cluster_shell.check(cluster_shell.Call(program, "", tuple(given.partition("#")[0].split())))
+
+
+def test_commands_of_the_page_name_what_the_manifests_do() -> None:
+    manifests = {path.stem: path.read_text() for path in FILES if path.parent.name == "kubernetes"}
+    names = {stem: yaml.safe_load(text)["metadata"]["name"] for stem, text in manifests.items()}
+    text = CLUSTERS.read_text()
+
+    def named(pattern: str) -> set[str]:
+        return set(re.findall(pattern, text))
+
+    assert named(r"secret generic (\S+)") == {"swanlab"}
+    keys = {key for manifest in manifests.values() for key in re.findall(r"key: ([\w-]+)", manifest)}
+    assert named(r"--from-literal=([\w-]+)=") == keys
+    assert named(r"persistentvolumeclaim (\S+)") == {names["shared"]}
+    assert named(r"rayjob (\w+)") == named(r"job/(\w+)") == {names["rayjob"]}
+    assert named(r"service/(\w+)-head-svc") == {names["raycluster"]}
+    assert named(r"(\w+)-master-0") == {names["pytorchjob"]}
+    assert named(r"jobset-name=(\w+)") == {names["trainjob"]}
+    assert named(r"configmap (\w+)") == set(re.findall(r"configMap: \{name: (\w+)", manifests["axolotl_rayjob"]))
+    assert named(r"--from-file=(\S+)") == set(re.findall(r"/etc/axolotl/(\S+)", manifests["axolotl_rayjob"]))
+    assert named(r"-t (\S+/train:\d)") == {IMAGE}

@@ -18,6 +18,7 @@ Mutant = tuple[str, str]
 """What was changed, and the text after it."""
 
 
+OPTION, EXTRA, QUOTE = r"--([a-z-]+)", r"(?:\[|(?<=\w),)([a-z]+)(?=[],])", "[\"']"
 FREE = {"gpus"}
 """Keys that are names of the user's."""
 
@@ -28,7 +29,8 @@ def misspelt(word: str) -> str:
 
 
 def of_yaml(text: str) -> Iterator[Mutant]:
-    """Each key misspelt, each value of a wrong type, written as JSON, which is YAML as well; and quotes missing."""
+    """Each key misspelt, each value of a wrong type, written as JSON, which is YAML as well. Then the
+    options and extras of commands misspelt, and each quote missing."""
     written = yaml.safe_load(text)
     places = list(_places(written, ()))
     for kind, change in (("key", _rename), ("type", _retype)):
@@ -39,8 +41,7 @@ def of_yaml(text: str) -> Iterator[Mutant]:
                 parent = parent[step]
             if change(parent, place[-1]):
                 yield f"{kind} {'.'.join(map(str, place))}", json.dumps(mutant)
-    for quote in re.finditer(r"(?m)^[^#\n]*?([\"'])", text):
-        yield f"quote in {quote[0]}", _put(text, quote.start(1), quote.end(1), "")
+    yield from _in_lines(text, OPTION, EXTRA, QUOTE)
 
 
 def _places(value: Any, place: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
@@ -84,16 +85,18 @@ def of_script(text: str) -> Iterator[Mutant]:
 
 
 def of_dockerfile(text: str) -> Iterator[Mutant]:
-    """Each instruction, option, extra and source misspelt, each quote missing."""
-    for found in re.finditer(
-        r"(?m)^([A-Z]+)|--([a-z-]+)|(?:\[|(?<=\w),)([a-z]+)(?=[],])|(?<!-)\b([a-z]+/?\w+\.?\w*) |['\"]", text
-    ):
+    """Each instruction, option, extra, program and source misspelt, each quote missing."""
+    yield from _in_lines(text, r"^([A-Z]+)", OPTION, EXTRA, r"(?<!-)\b([a-z]+/?\w+\.?\w*) ", QUOTE)
+
+
+def _in_lines(text: str, *parts: str) -> Iterator[Mutant]:
+    """Each such part misspelt, or left out if it is a quote; not in comments."""
+    for found in re.finditer("|".join(parts), text, re.M):
         line = text[text.rfind("\n", 0, found.start()) + 1 : found.end()]
-        if line.startswith("#"):
-            continue
-        number = found.lastindex or 0
-        changed = misspelt(found[number]) if number else ""
-        yield f"{found[0]} in {line}", _put(text, found.start(number), found.end(number), changed)
+        if not line.startswith("#") and " # " not in line:
+            number = found.lastindex or 0
+            changed = misspelt(found[number]) if number else ""
+            yield f"{found[0]} in {line}", _put(text, found.start(number), found.end(number), changed)
 
 
 def _put(text: str, start: int, end: int, new: str) -> str:
