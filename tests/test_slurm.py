@@ -26,6 +26,16 @@ with connect() as observer:
         observer.log({"loss": step + observer.rank}, step)
 """
 
+UNTIL_RAY_IS_CALLED = """
+noted=0
+until ((noted >= 4)); do
+  sleep 0.1
+  noted=0
+  for call in "$CALLS"/*; do if [[ -s $call ]]; then noted=$((noted + 1)); fi; done
+done
+"""
+"""Slurm ends all else with the program, perhaps before it has begun."""
+
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
@@ -55,6 +65,8 @@ def test_each_runs_as_it_is(slurm: Slurm, tmp_path: Path) -> None:
     programs = tmp_path / "programs"
     programs.mkdir()
     cluster_shell.put_stubs(programs, "torchrun", "ray", "axolotl", "python")
+    with open(programs / "python", "a") as python:
+        python.write(UNTIL_RAY_IS_CALLED)
     (programs / "srun").write_text(
         '#!/bin/bash\nfor option in "$@"; do [[ $option == --container-* ]] || set -- "$@" "$option"; shift; done\n'
         'exec /usr/bin/srun "$@"\n'
