@@ -26,7 +26,7 @@ from swanlab_ray.observer.job.identity import Identity
 from swanlab_ray.observer.script import notices
 from swanlab_ray.plugin import SwanLabRayPlugin, driver
 from swanlab_ray.plugin.args import KEYS, SwanLabRayArgs, settings_from
-from tests import axolotl_files, rlhf
+from tests import axolotl_files, cluster_shell, rlhf
 from tests.axolotl_files import BATCH, PLUGIN, STEPS
 from tests.conftest import Launch, wait_until
 from tests.incarnations import Cluster, Link, mortal
@@ -477,6 +477,24 @@ def test_examples_are_valid(axolotl: Path, path: Path, monkeypatch: pytest.Monke
         if key.startswith(("swanlab_", "observer_")):
             kept = checked[key]
             assert (kept.get_secret_value() if isinstance(kept, SecretStr) else kept) == value
+
+
+def test_the_cluster_files_call_it_as_it_wants(axolotl: Path) -> None:
+    """By its own commands: the batch script, and the entrypoint of the RayJob."""
+    from axolotl.cli.main import cli
+
+    script = ROOT / "cluster_configs" / "slurm" / "axolotl.sbatch"
+    job = yaml.safe_load((ROOT / "cluster_configs" / "kubernetes" / "axolotl_rayjob.yaml").read_text())
+    called = [call.arguments for call in cluster_shell.calls(script, script.read_text(), "config.yaml")]
+    called = [arguments[arguments.index("axolotl") + 1 :] for arguments in called if "axolotl" in arguments]
+    for command, _, *options in [*called, job["spec"]["entrypoint"].split()[1:]]:
+        context = cli.commands[command].make_context(command, [str(EXAMPLES[0]), *options])
+        if "torchrun" in options:
+            assert context.params["launcher"] == "torchrun"
+            assert context.args == options[options.index("--") + 1 :]
+        elif command == "train":
+            assert context.params["use_ray"]
+    assert len(called) == 2
 
 
 # Several ranks, in processes of their own.

@@ -11,5 +11,6 @@ set -euo pipefail
 # The second node's ranks report to the first one over one port: name those that a firewall lets through.
 # export OBSERVER_PORTS=20000-20100
 
+# The first node has rank 0, with which the run lies, and the API key has to.
 exec torchrun --nnodes=2 --nproc-per-node="${GPUS:-8}" --node-rank="$NODE_RANK" \
-  --rdzv-backend=c10d --rdzv-endpoint="$HEAD:29500" --rdzv-id="${RUN_NAME:-train}" "$@"
+  --master-addr="$HEAD" --master-port=29500 --rdzv-id="${RUN_NAME:-train}" "$@"

@@ -34,13 +34,15 @@ def train_on_one_worker(config: dict) -> None:
 
 
 def main() -> None:
-    from pathlib import Path
+    from swanlab_ray.observer import ObserverSettings
 
+    log_dir = ObserverSettings().log_dir.resolve()  # OBSERVER_LOG_DIR, or swanlog in this directory
+    shared = log_dir.parent  # on several nodes a disk that all of them see
     TorchTrainer(
         train_on_one_worker,
-        train_loop_config={"log_dir": str(Path("swanlog").resolve()), "output_dir": str(Path("output").resolve())},
+        train_loop_config={"log_dir": str(log_dir), "output_dir": str(shared / "output")},
         scaling_config=ScalingConfig(num_workers=2),
-        run_config=RunConfig(storage_path=str(Path("ray_results").resolve())),
+        run_config=RunConfig(storage_path=str(shared / "ray_results")),
     ).fit()
 
 
