@@ -103,7 +103,9 @@ class _OddNotes(Exception):
 def test_an_exception_that_cannot_be_shown_is_told_by_its_name(error: Exception) -> None:
     """What raised here would take the place of the training's own error."""
     name = type.__getattribute__(type(error), "__name__")
-    assert describe(error) == ("crashed", name)
+    state, told = describe(error)
+    assert state == "crashed"
+    assert told == name or (told and name in told.splitlines()[0])  # Python 3.13 shows odd notes
 
 
 def test_a_second_run_is_told_of_sigterm_also_where_another_thread_has_finished_the_first() -> None:

@@ -137,8 +137,15 @@ def test_mappings_that_contain_themselves_are_cut_where_they_do(
     for _ in range(5000):
         deep = {"d": deep}
     observer.log({"deep": deep, "y": 3.0}, 1)
+    for level in (32, 250, 900, 990, 1500, 3000):  # in some of these an interpreter's limit lies
+        deep = {"x": 1.0}
+        for _ in range(level):
+            deep = {"d": deep}
+        observer.log({"deep": deep, f"beside/{level}": 4.0}, 1)
     assert observer.finish()
-    assert arrived(link) == {"a": 1.0, "self/b": 2.0, "again/b": 2.0, "y": 3.0}
+    beside = {f"beside/{level}": 4.0 for level in (32, 250, 900, 990, 1500, 3000)}
+    got = {name: value for name, value in arrived(link).items() if not name.startswith("deep/")}
+    assert got == {"a": 1.0, "self/b": 2.0, "again/b": 2.0, "y": 3.0} | beside
     assert "'self/inner' is not logged: it contains itself" in caplog.text
 
 

@@ -24,6 +24,8 @@ COMPRESS_BYTES = 512
 """Batches of this size and more are compressed: names repeat in every event."""
 BATCH_LIMIT = 256 << 20
 """Bytes that a batch may unpack to; a larger one is no batch of ours."""
+DEEPEST = 200
+"""Mappings within each other; Python itself goes to a few times as many, depending on its version."""
 _PACKED = zstandard.FRAME_HEADER
 _BAD = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError)
 """What decoding bytes raises that are not what they should be."""
@@ -122,11 +124,16 @@ def _understood(raw: msgspec.Raw, error: str, rejected: list[Rejected]) -> list[
     return []
 
 
-def _flatten(values: dict[Any, Any], prefix: str, into: dict[str, float], rejected: list[Rejected]) -> None:
+def _flatten(
+    values: dict[Any, Any], prefix: str, into: dict[str, float], rejected: list[Rejected], around: int = 0
+) -> None:
+    if around > DEEPEST:
+        rejected.append(Rejected(f"{prefix[:40]}...", f"more than {DEEPEST} mappings lie within each other"))
+        return
     for name, value in values.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict):
-            _flatten(value, f"{key}/", into, rejected)
+            _flatten(value, f"{key}/", into, rejected, around + 1)
         elif isinstance(value, (int, float)):
             into[key] = float(value)
         else:
