@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from swanlab_ray.actors.journal.records import Arrived, Entry, Returned
 from swanlab_ray.actors.membership import lost
 from swanlab_ray.actors.membership import newcomers as newcomers_module
 from swanlab_ray.actors.membership.clocks import RunClock, Skew
+from swanlab_ray.actors.runs import disks
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER, Outcome, State
 from swanlab_ray.actors.wire.messages import (
@@ -62,6 +64,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(newcomers_module, "BEAT_S", 0.05)
     monkeypatch.setattr(newcomers_module, "QUIET_S", 0.6)
     monkeypatch.setattr(lost, "FAILED_RANK_GRACE_S", 0.5)
+
+
+ON_ONE_DISK = "The run lies on the disk of "
 
 
 class Told:
@@ -113,8 +118,8 @@ class Told:
         return status.state, status.error
 
     def notices(self) -> list[str]:
-        notices: list[str] = self.writer.status().notices
-        return notices
+        """But that where the run lies."""
+        return [notice for notice in self.writer.status().notices if not notice.startswith(ON_ONE_DISK)]
 
     def journal(self, *kinds: type) -> list[Entry]:
         assert self.writer._journal.settled(10)
@@ -271,6 +276,24 @@ def test_a_rank_of_an_older_version_is_understood(tmp_path: Path) -> None:
     assert run.sign(0)
     run.goodbye(0, "crashed", "ValueError: boom", ended_ns=7)
     assert run.end() == ("crashed", "rank 0 (host0, pid 100): ValueError: boom")
+
+
+# Several machines.
+
+
+@pytest.mark.parametrize(("kind", "told"), [("ext4", 1), ("overlay", 1), ("nfs4", 0), ("lustre", 0), ("", 0)])
+def test_a_run_of_several_machines_says_once_that_it_lies_on_one_of_them(
+    kind: str, told: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disks, "file_system", lambda path: kind)
+    run = Told(tmp_path, 3)
+    run.welcome(0)
+    assert not run.writer.status().notices
+    for number in (1, 2):
+        run.welcome(number)
+    sentences = [notice for notice in run.writer.status().notices if notice.startswith(ON_ONE_DISK)]
+    assert len(sentences) == told
+    assert all(f"{socket.gethostname()} alone ({tmp_path}" in sentence for sentence in sentences)
 
 
 # The world grows and shrinks.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
+from pathlib import Path
 
 from swanlab_ray.actors.journal.records import Arrived, Batch, Returned, UnknownFormat
 from swanlab_ray.actors.journal.writing import Committed, Journal
@@ -18,6 +20,7 @@ from swanlab_ray.actors.membership.restarts import Restarts
 from swanlab_ray.actors.membership.sessions import Sessions
 from swanlab_ray.actors.notify.notices import Notices
 from swanlab_ray.actors.runs.account import Account
+from swanlab_ray.actors.runs.disks import told_of_one_machine
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.messages import Declined, Goodbye, Hello, Sign, UnknownRank
 
@@ -60,7 +63,7 @@ class Membership:
         self._newcomers = Newcomers(run_id, settings, self.processes.gone)
         self._differences = Differences(settings)
         self._replaced: dict[int, tuple[str, Member | None]] = {}  # the life of each rank whose place was taken last
-        self._declined = False
+        self._declined = self._spread = False
         self._born = self.last_batch = time.monotonic()
         if sessions.over is None:
             self._restore()
@@ -199,11 +202,20 @@ class Membership:
         self._journal.append(Arrived.of(hello, self._clock.now_ns()))
         if before is not None:
             self._come_back(member)
+        self._note_machines(hello)
         for sentence in self._differences.look(hello):
             member.view.notices.append(sentence)
             log(sentence)
         log(f"rank {hello.rank} of {hello.world_size}: {hello.host}, pid {hello.pid}, {hello.gpu or 'CPU'}")
         return member
+
+    def _note_machines(self, hello: Hello) -> None:
+        if self._spread or all(member.process.host == hello.host for member in self.ranks.values()):
+            return
+        self._spread = True
+        sentence = told_of_one_machine(Path(self._journal.directory), socket.gethostname())
+        if sentence is not None:
+            self._notices(sentence)
 
     def _change_world(self, hello: Hello, alone: bool) -> None:
         others = [member for member in self.ranks.values() if member.state == "running" and not member.restored]

@@ -10,8 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
+from swanlab_ray.actors.runs.disks import file_system, nearest
 from swanlab_ray.actors.settings import SettingsError, check_writable
 from swanlab_ray.observer.agent.reach import listen
 from swanlab_ray.observer.doctor.finding import Finding
@@ -28,14 +27,14 @@ def examine_disk(log_dir: Path) -> Iterator[Finding]:
     try:
         check_writable(log_dir)
         seconds = _sync_time(log_dir)
-        free = shutil.disk_usage(_nearest(log_dir)).free
+        free = shutil.disk_usage(nearest(log_dir)).free
     except SettingsError as error:
         yield Finding("wrong", "log_dir", str(error).rstrip("."))
         return
     except OSError as error:
         yield Finding("wrong", "log_dir", f"'{log_dir}' cannot be written ({error.strerror}): set OBSERVER_LOG_DIR")
         return
-    told = f"{log_dir}: {_file_system(log_dir)}, {free / 1e9:.0f} GB free, an fsync takes {1e3 * seconds:.1f} ms"
+    told = f"{log_dir}: {file_system(log_dir)}, {free / 1e9:.0f} GB free, an fsync takes {1e3 * seconds:.1f} ms"
     if free < LEAST_BYTES:
         yield Finding("wrong", "log_dir", f"{told}: make room, or set OBSERVER_LOG_DIR to a larger disk")
     elif seconds > SLOW_SYNC_S:
@@ -58,24 +57,13 @@ def examine_ports() -> Finding:
     return Finding("ok", "ports", "any that is free; for a firewall set OBSERVER_PORTS, such as 20000-20100")
 
 
-def _nearest(path: Path) -> Path:
-    return next(one for one in (path, *path.parents) if one.exists())
-
-
 def _sync_time(log_dir: Path) -> float:
     """Seconds, the median."""
     took = []
-    with tempfile.TemporaryFile(dir=_nearest(log_dir)) as file:
+    with tempfile.TemporaryFile(dir=nearest(log_dir)) as file:
         for _ in range(SYNCS):
             os.write(file.fileno(), bytes(4096))
             began = time.perf_counter()
             os.fsync(file.fileno())
             took.append(time.perf_counter() - began)
     return statistics.median(took)
-
-
-def _file_system(log_dir: Path) -> str:
-    """Its kind, such as ``ext4``."""
-    real = os.path.realpath(_nearest(log_dir))
-    mounts = {one.mountpoint: one.fstype for one in psutil.disk_partitions(all=True)}
-    return next((mounts[str(one)] for one in (Path(real), *Path(real).parents) if str(one) in mounts), "disk")
