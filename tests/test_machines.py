@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,6 +161,16 @@ def test_who_is_told_nothing_says_what_is_missing(store: Store, monkeypatch: pyt
     monkeypatch.setattr(meeting_module, "shared_store", lambda: None)
     with pytest.raises(LinkBroken, match=sentence):
         _meet(rank=3, node=1, deadline=lambda: 0.0)
+
+
+def test_who_waits_for_long_says_for_what(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(meeting_module, "TOLD_S", 0.0)
+    say_again()
+    with pytest.raises(LinkBroken):
+        _meet(rank=3, node=1, deadline=lambda: time.monotonic() if "kept meanwhile" in caplog.text else 1e18)
+    assert caplog.text.count("What this rank logs is kept meanwhile.") == 1
 
 
 def test_rank_0_waits_for_no_store_and_tells_when_there_is_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from swanlab_ray.observer.script.notices import warn_once
 from swanlab_ray.observer.transport.link import LinkBroken
 
 POLL_S = 0.5
+TOLD_S = 30.0
+"""After which a rank says what it waits for."""
 WAIT_S = 300.0
 """How long rank 0's machine is waited for before that is told; then it is waited for again."""
 
@@ -107,14 +109,18 @@ class Meeting:
         return self._told
 
     def _head_told(self, deadline: Callable[[], float]) -> Head | None:
-        until = time.monotonic() + WAIT_S
+        began = time.monotonic()
+        missing = (
+            f"The job runs on {self._identity.nodes} machines, and rank 0 has not told where to report: call "
+            "torch.distributed.init_process_group(), or set RAY_ADDRESS=HEAD:6379 of a Ray cluster on each."
+        )
         while (told := self._read()) is None:
             if shared_store() is None and running_address() is not None:
                 return None  # as each machine of a cluster has noted
-            if time.monotonic() >= min(until, deadline()):
-                raise LinkBroken(
-                    f"The job runs on {self._identity.nodes} machines, and rank 0 has not told where to report: call "
-                    "torch.distributed.init_process_group(), or set RAY_ADDRESS=HEAD:6379 of a Ray cluster on each."
-                )
+            waited = time.monotonic() - began
+            if waited >= WAIT_S or time.monotonic() >= deadline():
+                raise LinkBroken(missing)
+            if waited >= TOLD_S:
+                warn_once("rank 0 has not told", f"{missing} What this rank logs is kept meanwhile.")
             time.sleep(POLL_S)
         return told
