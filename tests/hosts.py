@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -41,6 +42,9 @@ def why_impossible() -> str | None:
     return tried.stderr.strip() or None
 
 
+_made = itertools.count()
+
+
 class Hosts:
     """So many of them, on one bridge; with IPv4, or IPv6 only."""
 
@@ -48,7 +52,8 @@ class Hosts:
         reason = why_impossible()
         if reason is not None:
             (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"no hosts here: {reason}")
-        self._mark = f"{os.getpid() % 10_000}"
+        # What a host's end leaves to the kernel may still be there when the next one of its number begins.
+        self._mark = f"{os.getpid() % 10_000}{next(_made) % 100:02}"
         self._net = "fd00::" if ipv6 else f"10.{os.getpid() % 200 + 20}.{os.getpid() // 200 % 250}."
         self._mask = "64 nodad" if ipv6 else "24"
         self._files = Path(tempfile.mkdtemp(prefix="hosts-"))
@@ -62,8 +67,12 @@ class Hosts:
         _ip(f"link add {bridge} type bridge")
         _ip(f"link set {bridge} up")
         self._first: list[int] = []
-        for number in range(count):
-            self._boot(number, bridge)
+        try:
+            for number in range(count):
+                self._boot(number, bridge)
+        except BaseException:
+            self.end()
+            raise
 
     def _boot(self, number: int, bridge: str) -> None:
         name, link, host = self._name(number), self._link(number), f"h{number}"
@@ -139,7 +148,8 @@ class Hosts:
         for process in [*self._holders, *self._started]:
             process.wait(60)
         for number in range(self.count):
-            _ip(f"netns del {self._name(number)}")
+            with suppress(subprocess.CalledProcessError):  # it was never there
+                _ip(f"netns del {self._name(number)}")
         _ip(f"link del br{self._mark}")
         shutil.rmtree(self._files, ignore_errors=True)
 

@@ -213,7 +213,7 @@ class Membership:
         if self._spread or all(member.process.host == hello.host for member in self.ranks.values()):
             return
         self._spread = True
-        sentence = told_of_one_machine(Path(self._journal.directory), socket.gethostname())
+        sentence = told_of_one_machine(Path(self._journal.directory).parents[1], socket.gethostname())
         if sentence is not None:
             self._notices(sentence)
 
