@@ -247,10 +247,14 @@ def in_cluster(ray_cluster: SharedCluster, monkeypatch: pytest.MonkeyPatch) -> S
 
 
 @pytest.fixture
-def dashboard(in_cluster: SharedCluster) -> Iterator[SharedCluster]:
-    """The shared cluster, which still has its dashboard. It takes a fifth of a core, so it ends with the test."""
+def dashboard(in_cluster: SharedCluster, request: pytest.FixtureRequest) -> Iterator[SharedCluster]:
+    """The shared cluster, which still has its dashboard. It takes a fifth of a core, so it ends with the last test that
+    needs it."""
     yield in_cluster
-    (in_cluster.directory / "no dashboard").touch()
+    (in_cluster.directory / f"looked at {request.node.name}").touch()
+    needed = [item for item in request.session.items if "dashboard" in getattr(item, "fixturenames", [])]
+    if len(list(in_cluster.directory.glob("looked at *"))) == len(needed):
+        (in_cluster.directory / "no dashboard").touch()
 
 
 @pytest.fixture(autouse=True)

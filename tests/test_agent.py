@@ -17,7 +17,7 @@ from hypothesis import given
 
 from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.messages import Ack, Counts, Declined, Doing, Farewell, Goodbye, Hello, NumberedBatch, Sign
+from swanlab_ray.actors.wire.messages import Ack, Counts, Doing, Farewell, Goodbye, Hello, NumberedBatch, Sign
 from swanlab_ray.observer.agent import starting
 from swanlab_ray.observer.agent.frames import Ingest, Opening, Stream, decoded, encoded, told
 from swanlab_ray.observer.agent.link import AgentLink
@@ -40,7 +40,6 @@ SAID = [
     Goodbye(rank=1, life="l", state="crashed", error="boom", ended_ns=4, counts=COUNTS, sent_ns=5),
     Ack(1, 2, 0.2, ["sentence"], 3),
     Farewell(True, [], 2),
-    Declined("no"),
 ]
 """One of each kind of body."""
 

@@ -153,6 +153,17 @@ def test_what_both_sides_speak_needs_no_library_of_the_field() -> None:
         assert FIELD.isdisjoint(module.split(".")[0] for module, _ in imports(file)), file
 
 
+def test_types_are_decoded_by_decoders_that_one_thread_has_made() -> None:
+    """msgspec crashes where two threads are the first to decode a type, so its decoders are made by an import."""
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                called = ast.unparse(node.func)
+                typed = called.startswith("msgspec.") and any(keyword.arg == "type" for keyword in node.keywords)
+                assert not typed, f"{file}:{node.lineno}"
+                assert called != "msgspec.convert", f"{file}:{node.lineno}"
+
+
 def test_large_libraries_are_imported_where_they_are_used() -> None:
     """Except by the files that are of no use without them."""
     found = {

@@ -44,19 +44,16 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     one.end()
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_slurm_would_take_it(slurm: Slurm, script: Path) -> None:
-    asked = slurm.run("sbatch", "--test-only", str(script))
-    assert asked.returncode == 0, asked.stderr
-    assert "using 64 processors on nodes" in asked.stderr
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-@pytest.mark.parametrize(("right", "wrong"), [("--gpus-per-node", "--gpu-per-nodes"), ("--nodes=2", "--nodes=two")])
-def test_slurm_would_not_take_it_misspelt(slurm: Slurm, script: Path, right: str, wrong: str, tmp_path: Path) -> None:
-    mutant = tmp_path / script.name
-    mutant.write_text(script.read_text().replace(right, wrong))
-    assert slurm.run("sbatch", "--test-only", str(mutant)).returncode != 0
+def test_slurm_would_take_each_and_nothing_misspelt(slurm: Slurm, tmp_path: Path) -> None:
+    """One test, since each of pytest's workers starts a Slurm of its own."""
+    for script in SCRIPTS:
+        asked = slurm.run("sbatch", "--test-only", str(script))
+        assert asked.returncode == 0, asked.stderr
+        assert "using 64 processors on nodes" in asked.stderr
+        for right, wrong in (("--gpus-per-node", "--gpu-per-nodes"), ("--nodes=2", "--nodes=two")):
+            mutant = tmp_path / script.name
+            mutant.write_text(script.read_text().replace(right, wrong))
+            assert slurm.run("sbatch", "--test-only", str(mutant)).returncode != 0, (script, wrong)
 
 
 def test_each_runs_as_it_is(slurm: Slurm, tmp_path: Path) -> None:

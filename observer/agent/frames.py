@@ -17,7 +17,8 @@ import msgspec
 from pydantic import BaseModel, SecretStr
 
 from swanlab_ray.actors.settings import ObserverSettings
-from swanlab_ray.actors.wire.messages import Hello, NumberedBatch, Sign
+from swanlab_ray.actors.wire.messages import Ack, Farewell, Goodbye, Hello, NumberedBatch, Sign
+from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.observer.agent.reach import Head
 
 _LENGTH = struct.Struct(">I")
@@ -72,9 +73,21 @@ def encoded(number: int, what: str, body: Any) -> bytes:
     return _LENGTH.pack(len(data)) + data
 
 
+def _decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    return msgspec.msgpack.Decoder(kind, dec_hook=lambda model, value: model.model_validate(value))
+
+
+# Made here, by the one thread that imports this: msgspec (0.22) crashes the process where two threads are the first to
+# decode a type.
+_frames = msgspec.msgpack.Decoder(Frame)
+_KINDS: tuple[type, ...] = (Opening, Ingest, Goodbye, Ack, Farewell, WriterStatus, Head, str, bytes)
+_bodies = {kind: _decoder(kind) for kind in _KINDS}
+
+
 def decoded(body: bytes | msgspec.Raw, kind: type[T]) -> T:
     """A frame's body."""
-    return msgspec.msgpack.decode(body, type=kind, dec_hook=lambda model, value: model.model_validate(value))
+    value: T = _bodies[kind].decode(body)
+    return value
 
 
 SECRETS = tuple(name for name, field in ObserverSettings.model_fields.items() if field.annotation == SecretStr | None)
@@ -141,7 +154,8 @@ class Stream:
             return None
         data = bytes(self._received[_LENGTH.size : end])
         del self._received[:end]
-        return msgspec.msgpack.decode(data, type=Frame)
+        frame: Frame = _frames.decode(data)
+        return frame
 
     def shut(self) -> None:
         """End the connection for both sides, whoever waits on it."""

@@ -24,6 +24,8 @@ TOLD_S = 30.0
 WAIT_S = 300.0
 """How long rank 0's machine is waited for before that is told; then it is waited for again."""
 
+_heads = msgspec.json.Decoder(Head)
+
 
 class Meeting:
     """Of one rank with the others. No store is kept: one of torch.distributed has to end with its process group.
@@ -103,7 +105,7 @@ class Meeting:
         try:
             store: Any = shared_store()
             if store is not None and store.check([self._key]):
-                self._told = msgspec.json.decode(store.get(self._key), type=Head)
+                self._told = _heads.decode(store.get(self._key))
         except Exception:  # as above
             pass
         return self._told

@@ -40,7 +40,8 @@ def free_ports(count: int) -> list[int]:
         first, last = map(int, EPHEMERAL.read_text().split())
     quiet = [port for port in PORTS if port not in LAUNCHERS_PORTS and not first <= port <= last]
     ports: list[int] = []
-    for port in [*random.sample(quiet, len(quiet)), *random.sample(PORTS, len(PORTS))]:
+    chance = random.SystemRandom()  # others have been given the same seed, and the training goes by it
+    for port in [*chance.sample(quiet, len(quiet)), *chance.sample(PORTS, len(PORTS))]:
         if len(ports) == count:
             break
         if port in ports:
