@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from swanlab_ray.actors.journal.records import Arrived
 from swanlab_ray.actors.runs.finding import find_runs
+from swanlab_ray.actors.runs.merging import merged
 from tests import cluster_shell
 from tests.cluster_files import CONFIGS
-from tests.conftest import job_environment, wait_until
+from tests.conftest import SharedCluster, job_environment, wait_until
 from tests.incarnations import logged_in
 from tests.slurm import HOST, Slurm
 from tests.swanlab_file import ended_run
@@ -110,3 +114,17 @@ def test_a_job_is_one_run(slurm: Slurm, tmp_path: Path) -> None:
     (files,) = find_runs([tmp_path / "swanlog"])
     assert files.run_id == f"slurm-{job}"
     assert sorted((rank, step) for rank, step, _ in logged_in(files)) == [(r, s) for r in range(2) for s in range(20)]
+
+
+@pytest.mark.takes(15)
+def test_ranks_that_srun_starts_are_one_run(slurm: Slurm, tmp_path: Path, in_cluster: SharedCluster) -> None:
+    """Without torchrun and torch.distributed: Slurm tells rank, size and the run's name."""
+    (tmp_path / "train.py").write_text(TRAIN)
+    called = ("srun", "--nodes=1", "--ntasks=2", sys.executable, "train.py")
+    done = slurm.run(*called, env=job_environment({"RAY_ADDRESS": in_cluster.address}), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = find_runs([tmp_path / "swanlog"])
+    assert re.fullmatch(r"slurm-test-\d+\.0", run.run_id)
+    assert sorted({rank for rank, _, _ in logged_in(run)}) == [0, 1]
+    arrived = {(one.rank, one.local_rank) for one in merged(run) if isinstance(one, Arrived)}
+    assert arrived == {(0, 0), (1, 1)}
