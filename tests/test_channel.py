@@ -21,7 +21,7 @@ from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.codec import decode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER, Completions, Scalars, Stacks
-from swanlab_ray.actors.wire.messages import WINDOW, Ack, Goodbye, Hello, NumberedBatch, Sign
+from swanlab_ray.actors.wire.messages import WINDOW, Ack, Farewell, Goodbye, Hello, NumberedBatch, Sign
 from swanlab_ray.observer import observer as observer_module
 from swanlab_ray.observer.encoding import cells as cells_module
 from swanlab_ray.observer.encoding.numbers import encode
@@ -64,12 +64,15 @@ def test_a_lost_acknowledgement_is_sent_again_and_taken_once(link: ShakyLink, ob
     assert observer.statistics().reconnections == 1
 
 
-def test_what_is_logged_while_the_writer_is_away_arrives_later(link: ShakyLink, observer: Observer) -> None:
+def test_what_is_logged_while_the_writer_is_away_arrives_later(
+    link: ShakyLink, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
     assert observer.wait_ready(10)
     link.down = True
     for step in range(1000):
         observer.log({"x": step}, step)
     assert not observer.flush(timeout=0.2)
+    wait_until(lambda: "The writer is away (it is down)" in caplog.text)
     link.down = False
     assert observer.finish()
     assert link.steps() == list(range(1000))
@@ -106,7 +109,7 @@ def test_what_does_not_fit_in_memory_waits_on_disk_and_arrives_in_order(
 
 
 def test_without_room_anywhere_the_loss_is_counted(
-    link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch
+    link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(batches_module, "UNSENT_BYTES", 10_000)
     monkeypatch.setattr(batches_module, "EVENTS_PER_BATCH", 100)
@@ -118,6 +121,7 @@ def test_without_room_anywhere_the_loss_is_counted(
     wait_until(lambda: bool(observer.statistics().dropped))
     link.mute = False
     assert not observer.finish()
+    assert "cannot be put on its disk either" in caplog.text
     statistics = observer.statistics()
     dropped = sum(statistics.dropped.values())
     assert set(statistics.dropped) == {tally_module.NO_ROOM}
@@ -204,6 +208,22 @@ def test_finish_returns_in_its_deadline_when_nobody_answers(link: ShakyLink, obs
     assert observer.statistics().spooled == 1
     (goodbye,) = link.goodbyes  # it hears that all the same, and of what is on the disk
     assert (goodbye.counts.logged, goodbye.counts.spooled) == (1, 1)
+
+
+def test_a_goodbye_has_what_is_left_of_the_time(tmp_path: Path) -> None:
+    """Its answer comes once the writer has looked at what was sent before."""
+    waits: list[float] = []
+
+    class Measuring(ShakyLink):
+        def goodbye(self, goodbye: Goodbye, wait: float) -> Farewell:
+            waits.append(wait)
+            return super().goodbye(goodbye, wait)
+
+    observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), Measuring())
+    assert observer.wait_ready(10)
+    assert observer.finish(timeout=120)
+    (wait,) = waits
+    assert 60 < wait <= 120
 
 
 def test_a_second_finish_leaves_the_first_one_no_more_time_than_itself(link: ShakyLink, observer: Observer) -> None:

@@ -265,6 +265,17 @@ def test_a_wrong_world_size_is_said_to_the_rank(tmp_path: Path, monkeypatch: pyt
     run.ended()
 
 
+def test_a_goodbye_of_another_process_ends_no_rank(tmp_path: Path) -> None:
+    """It was replaced, or nobody knows it: the one that is there goes on."""
+    run = Run(tmp_path, 1, rank_timeout=60.0)
+    run.hello(0)
+    for rank, life in ((0, "another"), (1, "a")):
+        assert not run.goodbye(rank, "crashed", "ValueError: boom", life=life).last
+    assert [rank.state for rank in run.writer.status().ranks] == ["running"]
+    assert run.goodbye(0).last
+    assert run.ended().state == "finished"
+
+
 def test_who_comes_after_the_end_needs_a_new_writer(tmp_path: Path) -> None:
     run = Run(tmp_path, 1)
     run.hello(0)
