@@ -122,6 +122,7 @@ def test_without_room_anywhere_the_loss_is_counted(
     link.mute = False
     assert not observer.finish()
     assert "cannot be put on its disk either" in caplog.text
+    assert f"Events of this rank are dropped: {tally_module.NO_ROOM}." in caplog.text
     statistics = observer.statistics()
     dropped = sum(statistics.dropped.values())
     assert set(statistics.dropped) == {tally_module.NO_ROOM}
