@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from swanlab_ray.actors.journal.records import Batch
+from swanlab_ray.actors.journal.records import Batch, Ended
 from swanlab_ray.actors.journal.writing import Journal
 from swanlab_ray.actors.runs.finding import find_runs
 from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.codec import decode_batch
-from swanlab_ray.actors.wire.events import SCALARS, USER, Completions, Scalars
-from swanlab_ray.actors.wire.messages import WINDOW, Ack, Goodbye, Hello
+from swanlab_ray.actors.wire.events import SCALARS, USER, Completions, Scalars, Stacks
+from swanlab_ray.actors.wire.messages import WINDOW, Ack, Farewell, Goodbye, Hello, NumberedBatch, Sign
 from swanlab_ray.observer import observer as observer_module
 from swanlab_ray.observer.encoding import cells as cells_module
 from swanlab_ray.observer.encoding.numbers import encode
@@ -31,11 +31,13 @@ from swanlab_ray.observer.observer import Observer
 from swanlab_ray.observer.script.notices import logger, say_again
 from swanlab_ray.observer.timing.spans import SpanLog
 from swanlab_ray.observer.transport import batches as batches_module
+from swanlab_ray.observer.transport import flusher as flusher_module
 from swanlab_ray.observer.transport import queue as queue_module
 from swanlab_ray.observer.transport import spool as spool_module
 from swanlab_ray.observer.transport import tally as tally_module
 from swanlab_ray.observer.transport import window as window_module
 from swanlab_ray.observer.transport.channel import Channel
+from swanlab_ray.observer.transport.link import Hopeless, LinkBroken, RunOver
 from swanlab_ray.observer.transport.queue import SLOT_BYTES, EventQueue
 from swanlab_ray.observer.transport.spool import Spool
 from swanlab_ray.observer.transport.tally import Tally
@@ -62,12 +64,15 @@ def test_a_lost_acknowledgement_is_sent_again_and_taken_once(link: ShakyLink, ob
     assert observer.statistics().reconnections == 1
 
 
-def test_what_is_logged_while_the_writer_is_away_arrives_later(link: ShakyLink, observer: Observer) -> None:
+def test_what_is_logged_while_the_writer_is_away_arrives_later(
+    link: ShakyLink, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
     assert observer.wait_ready(10)
     link.down = True
     for step in range(1000):
         observer.log({"x": step}, step)
     assert not observer.flush(timeout=0.2)
+    wait_until(lambda: "The writer is away (it is down)" in caplog.text)
     link.down = False
     assert observer.finish()
     assert link.steps() == list(range(1000))
@@ -104,7 +109,7 @@ def test_what_does_not_fit_in_memory_waits_on_disk_and_arrives_in_order(
 
 
 def test_without_room_anywhere_the_loss_is_counted(
-    link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch
+    link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(batches_module, "UNSENT_BYTES", 10_000)
     monkeypatch.setattr(batches_module, "EVENTS_PER_BATCH", 100)
@@ -116,6 +121,8 @@ def test_without_room_anywhere_the_loss_is_counted(
     wait_until(lambda: bool(observer.statistics().dropped))
     link.mute = False
     assert not observer.finish()
+    assert "cannot be put on its disk either" in caplog.text
+    assert f"Events of this rank are dropped: {tally_module.NO_ROOM}." in caplog.text
     statistics = observer.statistics()
     dropped = sum(statistics.dropped.values())
     assert set(statistics.dropped) == {tally_module.NO_ROOM}
@@ -200,6 +207,124 @@ def test_finish_returns_in_its_deadline_when_nobody_answers(link: ShakyLink, obs
     assert not observer.finish(timeout=1)
     assert time.monotonic() - began < 5
     assert observer.statistics().spooled == 1
+    (goodbye,) = link.goodbyes  # it hears that all the same, and of what is on the disk
+    assert (goodbye.counts.logged, goodbye.counts.spooled) == (1, 1)
+
+
+def test_a_goodbye_has_what_is_left_of_the_time(tmp_path: Path) -> None:
+    """Its answer comes once the writer has looked at what was sent before."""
+    waits: list[float] = []
+
+    class Measuring(ShakyLink):
+        def goodbye(self, goodbye: Goodbye, wait: float) -> Farewell:
+            waits.append(wait)
+            return super().goodbye(goodbye, wait)
+
+    observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), Measuring())
+    assert observer.wait_ready(10)
+    assert observer.finish(timeout=120)
+    (wait,) = waits
+    assert 60 < wait <= 120
+
+
+def test_a_second_finish_leaves_the_first_one_no_more_time_than_itself(link: ShakyLink, observer: Observer) -> None:
+    """A signal came while the script's own finish() was waiting: the flusher itself puts aside and says goodbye."""
+    assert observer.wait_ready(10)
+    link.mute = True
+    observer.log({"x": 1})
+    first = threading.Thread(target=observer.finish, kwargs={"timeout": 600})
+    first.start()
+    wait_until(lambda: observer._channel._last_words.due, 10, "the end has begun")
+    began = time.monotonic()
+    assert not observer.finish(timeout=2)
+    first.join(20)
+    assert time.monotonic() - began < 10
+    assert [goodbye.counts.spooled for goodbye in link.goodbyes] == [1]
+
+
+def test_a_call_takes_no_longer_than_the_end_may(tmp_path: Path) -> None:
+    """Once the training has ended; until then a link decides for itself."""
+
+    class Patient(ShakyLink):
+        deadline = math.inf
+
+        def acknowledged(self, reference: Any, wait: float) -> Ack | None:
+            wait_until(lambda: time.monotonic() >= self.deadline)
+            raise LinkBroken("no answer by the deadline")
+
+    link = Patient()
+    observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), link)
+    observer.log({"x": 1}, 0)
+    wait_until(lambda: bool(link.taken))
+    assert not observer.finish(timeout=2)
+    assert observer._channel.last_error == "no answer by the deadline"
+    assert observer.statistics().spooled == 1
+
+
+def test_a_rank_that_can_never_reach_the_writer_ends_at_once(tmp_path: Path) -> None:
+    class Never(ShakyLink):
+        def open(self, hello: Hello) -> Ack:
+            raise Hopeless("This process has no way to Ray.")
+
+    observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), Never())
+    observer.log({"x": 1}, 0)
+    began = time.monotonic()
+    assert not observer.finish(timeout=300)
+    assert time.monotonic() - began < 15
+    assert observer.statistics().spooled == 1
+
+
+def test_a_rank_whose_run_was_over_goes_on_with_the_next_writer(tmp_path: Path) -> None:
+    """It counted as lost for a while, and the run had ended without it."""
+
+    class Over(ShakyLink):
+        ended = True
+
+        def ingest(self, sign: Sign, batch: NumberedBatch | None) -> Any:
+            if batch is not None and self.ended:
+                self.ended = False
+                raise RunOver("run r has ended")
+            return super().ingest(sign, batch)
+
+    link = Over()
+    observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), link)
+    observer.log({"x": 1}, 0)
+    assert observer.flush(30)
+    observer.log({"x": 1}, 1)
+    assert observer.finish()
+    assert link.steps() == [0, 1]
+    assert len(link.hellos) == 2
+
+
+def test_at_the_end_a_writer_that_is_away_is_asked_again_soon(
+    link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However seldom it is before, there is not much time left."""
+    monkeypatch.setattr(flusher_module, "RETRY_S", (0.05, 600.0))
+    assert observer.wait_ready(10)
+    link.down = True
+    observer.log({"x": 1}, 0)
+    ending = threading.Thread(target=observer.finish)
+    ending.start()
+    wait_until(lambda: observer._channel._last_words.due and observer._channel.last_error == "it is down")
+    link.down = False
+    ending.join(30)
+    assert link.steps() == [0]
+    assert len(link.goodbyes) == 1
+
+
+def test_a_rank_that_has_everything_on_disk_already_keeps_it_for_good(
+    link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With its end behind it, and says so, though nothing is left in memory to be put aside."""
+    monkeypatch.setattr(batches_module, "UNSENT_BYTES", 0)
+    link.down = True
+    observer.log({"x": 1}, 0)
+    wait_until(lambda: observer.statistics().spooled == 1)
+    assert not observer.finish(timeout=1)
+    assert caplog.text.count("1 event of this rank did not reach the writer") == 1
+    (run,) = find_runs([observer.settings.log_dir])
+    assert [type(entry) for entry in merged(run)][-1] is Ended
 
 
 def test_what_was_put_aside_is_told_once(link: ShakyLink, observer: Observer, caplog: pytest.LogCaptureFixture) -> None:
@@ -208,6 +333,21 @@ def test_what_was_put_aside_is_told_once(link: ShakyLink, observer: Observer, ca
     observer.log({"x": 1}, 0)
     assert not observer.finish(timeout=1)
     assert caplog.text.count("1 event of this rank did not reach the writer") == 1
+
+
+def test_what_can_be_neither_sent_nor_put_on_disk_is_told_and_why(
+    link: ShakyLink, observer: Observer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert observer.wait_ready(10)
+    link.mute = True
+    monkeypatch.setattr(spool_module, "SPOOL_BYTES", 0)
+    for step in range(3):
+        observer.log({"x": 1}, step)
+    assert not observer.finish(timeout=1)
+    (told,) = [record.message for record in caplog.records if "Lost" in record.message]
+    assert "3 events of this rank" in told
+    assert "0 are the most" in told
+    assert observer.statistics().dropped == link.goodbyes[0].counts.dropped == {tally_module.UNSENT: 3}
 
 
 def test_a_connection_that_does_not_close_makes_nothing_untrue(tmp_path: Path) -> None:
@@ -407,10 +547,12 @@ class SlowLink(ShakyLink):
 
     def __init__(self) -> None:
         super().__init__()
+        self.asked = threading.Event()
         self.up = threading.Event()
         self.closed = threading.Event()
 
     def open(self, hello: Hello) -> Ack:
+        self.asked.set()
         self.up.wait(60)
         return super().open(hello)
 
@@ -452,6 +594,18 @@ def test_an_end_while_a_cluster_starts_is_within_its_time_and_leaves_no_connecti
     assert not link.closed.is_set()
     link.up.set()
     assert link.closed.wait(10)  # by the thread that opened it, since nobody waits any more
+
+
+def test_the_threads_that_send_are_not_among_those_of_the_training(tmp_path: Path) -> None:
+    """Where a rank stands still, it shows those of the script only."""
+    link = SlowLink()
+    observer = Observer(ObserverSettings(project="p", log_dir=tmp_path), Identity(0, 1, 0, 1), link)
+    assert link.asked.wait(20)
+    ((stacks,), _) = decode_batch(b"\x91" + observer._channel._flusher._pulse.stacks())
+    assert isinstance(stacks, Stacks)
+    assert not [frame for frames in stacks.frames for frame in frames if "SlowLink" in frame]
+    link.up.set()
+    assert observer.finish()
 
 
 def test_an_end_without_any_time_still_puts_on_disk_what_there_is(tmp_path: Path) -> None:

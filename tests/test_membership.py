@@ -706,7 +706,9 @@ def test_the_writer_of_a_run_that_has_just_ended_is_waited_out_without_a_word(
     assert not link._is_ending(other)
 
 
-def test_the_actor_ends_whatever_fails_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_actor_ends_whatever_fails_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Told(tmp_path)
     run.welcome(0)
 
@@ -720,6 +722,7 @@ def test_the_actor_ends_whatever_fails_at_its_end(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(ticker, "_die", ended.set)
     run.goodbye(0)
     assert ended.wait(10)
+    assert "self._leave()" in "".join(capsys.readouterr())  # the writer's log says where
 
 
 def test_a_thousand_ranks_and_five_thousand_names(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from swanlab_ray.actors.journal.records import Batch
+from swanlab_ray.actors.delivery import notes
+from swanlab_ray.actors.journal.records import Batch, Finished, Tick
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER
 from swanlab_ray.actors.wire.messages import Counts, Goodbye, Hello, Sign
 from swanlab_ray.actors.writer.parts import Parts
 from swanlab_ray.observer.encoding.numbers import encode
 from tests.conftest import wait_until
-from tests.incarnations import mortal, settings_for
+from tests.incarnations import MortalDisk, NoSwanLab, mortal, settings_for
 
 LIFE = "a" * 16
 HELLO = Hello(rank=0, world_size=2, local_rank=0, host="h", pid=1, pid_namespace="elsewhere", life=LIFE, next_seq=0)
@@ -39,6 +41,51 @@ def test_a_writer_that_is_replaced_while_a_rank_says_hello_opens_no_run(parts: P
     assert parts.journal.fenced
     assert not parts.reducer.opened
     assert parts.reducer.sink.run_dir is None
+
+
+def test_a_writer_that_is_replaced_leaves_the_end_of_the_run_to_its_successor(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(NoSwanLab, "_close", lambda self, state, error: closed.append(state))
+    monkeypatch.setattr(notes, "OPENED_S", 0.1)
+    parts.start()
+    parts.reducer.open()
+    parts.reducer.finish(Finished(time_ns=1, state="success"))
+    parts.directory.joinpath("journal-000002.log").touch()
+    parts.journal.append(Tick())
+    assert parts.reducer.sink.closed.wait(20)
+    assert closed == []
+    (told,) = parts.notices.all
+    assert told.startswith("Another writer has taken over run r")
+
+
+def test_a_journal_that_could_not_be_begun_at_first_is_followed_from_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, full = MortalDisk.create, [OSError(errno.ENOSPC, "No space left on device")]
+
+    def full_once(self: MortalDisk, path: Path) -> int:
+        if full:
+            raise full.pop()
+        return create(self, path)
+
+    mortal(monkeypatch)
+    monkeypatch.setattr(MortalDisk, "create", full_once)
+    parts = Parts("r", settings_for(tmp_path))
+    assert not full
+    parts.start()
+    member: Any = parts.members.greet(HELLO.model_copy(update={"world_size": 1}), time.monotonic())
+    for step in range(2):
+        event = encode((SCALARS, step, 1, USER, {"x": 1.0}))
+        parts.journal.append(Batch(0, LIFE, step, time.time_ns(), 1, encode_batch([event])))
+    wait_until(lambda: member.durable == 2)
+    parts.reducer.open()  # later than what it has to follow was committed
+    sink: Any = parts.reducer.sink
+    wait_until(lambda: bool(sink.rows))
+    assert sink.rows[0] == (0, {"x": 1.0})
+    parts.reducer.abandon(close=False)
+    assert sink.closed.wait(20)
 
 
 def test_who_is_told_that_a_batch_is_on_disk_can_wait_for_what_is_found_in_it(

@@ -21,9 +21,11 @@ from swanlab_ray.actors.journal.records import Arrived, Batch, Ended, Finished, 
 from swanlab_ray.actors.journal.seen import Numbers
 from swanlab_ray.actors.membership import on_disk
 from swanlab_ray.actors.reduction.reduction import Reduction
+from swanlab_ray.actors.runs.summary import summarise
 from swanlab_ray.actors.wire.codec import encode_batch
 from swanlab_ray.actors.wire.events import SCALARS, USER
 from swanlab_ray.actors.wire.messages import Counts, Goodbye, NumberedBatch
+from swanlab_ray.actors.writer.parts import Parts
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.encoding.numbers import Deferred, encode
 from swanlab_ray.observer.history import archive
@@ -201,7 +203,7 @@ def test_a_spool_on_a_disk_that_fails_once(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_spool_that_cannot_be_read_back_is_counted_and_holds_up_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(batches_module, "UNSENT_BYTES", 1_000)
     monkeypatch.setattr(batches_module, "EVENTS_PER_BATCH", 10)
@@ -220,6 +222,7 @@ def test_a_spool_that_cannot_be_read_back_is_counted_and_holds_up_nothing(
     assert not observer.finish()
     statistics = observer.statistics()
     assert statistics.dropped == {tally_module.UNREADABLE: 10}
+    assert "cannot be read back" in caplog.text
     assert statistics.acknowledged == len(steps_of(cluster)) == 490
     (account,) = archive.load_run(cluster.files).accounts
     assert (account.logged, account.written, account.dropped) == (500, 490, statistics.dropped)
@@ -306,6 +309,27 @@ def test_a_history_that_cannot_be_read_does_not_keep_the_writer_from_working(
     assert observer.finish()
     assert any("cannot be read" in notice for notice in writer.status().notices)
     assert steps_of(cluster) == [0, 1]
+
+
+def test_rows_that_were_confirmed_are_left_out_only_while_the_journal_is_whole(tmp_path: Path) -> None:
+    """Where a record is missing, its entries reduce to other rows, and all of them are sent again."""
+    cluster = Cluster(settings_for(tmp_path))
+    observer = rank(cluster, Link(cluster))
+    for step in range(5):
+        observer.log({"x": step}, step)
+        assert observer.flush()
+    parts = cluster.find()._parts
+    for rows in range(4):  # faster than that is noted down, and then no more
+        parts.notes.delivered(rows)
+    wait_until(lambda: list(summarise(cluster.files.paths).rows.values()) == [3])
+    cluster.end()
+    assert Parts("r", cluster.settings).recovered.rows == 3
+    path = cluster.files.journals[0]
+    content = bytearray(path.read_bytes())
+    ends = [found[0] for found in entries(path) if not isinstance(found, Damaged) and isinstance(found[1], Batch)]
+    content[ends[1] - 1] ^= 1
+    path.write_bytes(content)
+    assert Parts("r", cluster.settings).recovered.rows == 0
 
 
 def test_a_file_that_could_not_be_made_durable_does_not_fence_its_maker(

@@ -19,6 +19,7 @@ from swanlab_ray.observer.transport import batches as batches_module
 from swanlab_ray.observer.transport import queue as queue_module
 from swanlab_ray.observer.transport import window as window_module
 from swanlab_ray.observer.transport.batches import Batches
+from swanlab_ray.observer.transport.connection import Opening
 from swanlab_ray.observer.transport.last_words import Ownership, Rescued
 from swanlab_ray.observer.transport.link import LinkBroken
 from swanlab_ray.observer.transport.queue import SLOT_BYTES, EventQueue
@@ -39,7 +40,7 @@ def append(queue: EventQueue, event: bytes) -> None:
 
 
 @settings(print_blob=True, deadline=None)
-@given(st.lists(st.one_of(SIZES, st.just("take"))))
+@given(st.lists(st.one_of(SIZES, st.sampled_from(["take", "take all"]))))
 def test_the_queue_holds_what_its_bytes_allow(does: list[int | str]) -> None:
     """However large its events are; and each is taken out or counted, the oldest first."""
     with pytest.MonkeyPatch.context() as patch:
@@ -47,16 +48,16 @@ def test_the_queue_holds_what_its_bytes_allow(does: list[int | str]) -> None:
         patch.setattr(queue_module, "TAKEN_AT_ONCE", 3)
         queue = EventQueue()
         put: list[bytes] = []
-        taken: list[bytes] = []
+        taken = 0
         for number, do in enumerate(does):
             if isinstance(do, int):
                 put.append(bytes([number % 256]) * do)
                 append(queue, put[-1])
             else:
-                taken += queue.take()
+                taken += len(queue.take()) if do == "take" else queue.take_all()
             held = sum(max(SLOT_BYTES, len(event)) for event in queue if isinstance(event, bytes))
             assert held <= 10 * SLOT_BYTES or len(queue) == 1
-        assert len(taken) + queue.overflowed + len(queue) == len(put)
+        assert taken + queue.overflowed + len(queue) == len(put)
         rest = list(queue)
         assert rest == put[len(put) - len(rest) :]
         while queue:
@@ -148,6 +149,40 @@ def test_what_cannot_be_read_is_counted_and_what_follows_goes_on(tmp_path: Path)
     assert tally.statistics().dropped == {UNREAD: 1}
 
 
+def test_what_a_rank_tells_of_itself_is_one_event_more(tmp_path: Path) -> None:
+    """As the stacks of a rank that stands still, which do not go through the queue."""
+    queue = EventQueue()
+    tally = Tally(queue)
+    batches = Batches(queue, tally, lambda: Spool(settings_for(tmp_path), "r", 0, "life"), nullcontext)
+    batches.report(b"a")
+    assert (tally.statistics().logged, tally.statistics().waiting) == (1, 1)
+    sent = batches.next()
+    assert sent is not None
+    batches.acknowledged(sent)
+    statistics = tally.statistics()
+    assert (statistics.logged, statistics.acknowledged, statistics.waiting) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("first", ["open", "abandoned"])
+def test_a_connection_that_nobody_waits_for_is_closed(first: str) -> None:
+    """Whether it is open by then or is so later, and once."""
+    may_open, closed = threading.Event(), threading.Semaphore(0)
+
+    def open_it() -> Ack:
+        may_open.wait(20)
+        return ack(0, 0)
+
+    opening = Opening(open_it, closed.release)
+    if first == "open":
+        may_open.set()
+        assert opening.wait(20)
+    opening.abandon()
+    may_open.set()
+    assert closed.acquire(timeout=20)
+    assert opening.wait(20)
+    assert not closed.acquire(blocking=False)
+
+
 class Wire:
     """Ends at a writer that answers when it is told."""
 
@@ -234,7 +269,8 @@ def test_a_writer_that_was_started_again_gets_what_it_does_not_have(
     wire.answers = [ack(0, n + 1) for n in range(WINDOW)]
     hear(window)
     window.broken()
-    window.heed(ack(1, 2))
+    assert window.heed(ack(1, 2))
+    assert not window.heed(ack(1, 2))  # nothing new is on the disk
     window.welcomed(ack(1, 2))
     assert window.first == 1
     window.send()

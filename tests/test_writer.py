@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 
+from swanlab_ray.actors.health.stragglers import Straggler
+from swanlab_ray.actors.journal.files import journal_files
+from swanlab_ray.actors.journal.reading import Damaged, entries
+from swanlab_ray.actors.journal.records import Tick
 from swanlab_ray.actors.membership import newcomers as newcomers_module
 from swanlab_ray.actors.runs.summary import KILLED
 from swanlab_ray.actors.settings import ObserverSettings
 from swanlab_ray.actors.wire.codec import encode_batch
-from swanlab_ray.actors.wire.events import SCALARS, USER, Outcome, State
+from swanlab_ray.actors.wire.events import RANK, SCALARS, USER, Outcome, Progress, State
 from swanlab_ray.actors.wire.locks import pid_namespace
 from swanlab_ray.actors.wire.messages import (
     Ack,
@@ -261,6 +265,17 @@ def test_a_wrong_world_size_is_said_to_the_rank(tmp_path: Path, monkeypatch: pyt
     run.ended()
 
 
+def test_a_goodbye_of_another_process_ends_no_rank(tmp_path: Path) -> None:
+    """It was replaced, or nobody knows it: the one that is there goes on."""
+    run = Run(tmp_path, 1, rank_timeout=60.0)
+    run.hello(0)
+    for rank, life in ((0, "another"), (1, "a")):
+        assert not run.goodbye(rank, "crashed", "ValueError: boom", life=life).last
+    assert [rank.state for rank in run.writer.status().ranks] == ["running"]
+    assert run.goodbye(0).last
+    assert run.ended().state == "finished"
+
+
 def test_who_comes_after_the_end_needs_a_new_writer(tmp_path: Path) -> None:
     run = Run(tmp_path, 1)
     run.hello(0)
@@ -290,6 +305,61 @@ def test_the_status_shows_each_rank_s_latest_loss(tmp_path: Path) -> None:
     run.log(0, 1, loss=0.5)
     assert run.writer.status().ranks[0].loss == 0.5
     run.goodbye(0)
+    run.ended()
+
+
+def test_the_status_shows_where_the_ranks_are(tmp_path: Path) -> None:
+    """The job is where its first rank is; another number of steps is another training."""
+    run = Run(tmp_path, 2)
+
+    def where() -> tuple[Any, ...]:
+        status = run.writer.status()
+        return [rank.step for rank in status.ranks], status.step, status.max_steps, status.epoch
+
+    run.hello(0)
+    run.hello(1)
+    run.send(0, Progress(5, 100, 0.5))
+    run.send(1, Progress(4, 100, 0.4))
+    assert where() == ([5, 4], 5, 100, 0.5)
+    run.send(1, Progress(2, 50, 2.0))
+    assert where() == ([5, 2], 5, 50, 2.0)
+    run.send(0, Progress(6, 50, 2.5))
+    assert where() == ([6, 2], 6, 50, 2.5)
+    run.log(1, 7, x=1.0)
+    run.log(1, 3, x=1.0)  # of an earlier step, which was late
+    assert where() == ([6, 7], 7, 50, 2.5)
+    run.log(0, 8, lr=0.1, step_time=0.25)
+    status = run.writer.status()
+    assert (status.learning_rate, status.ranks[0].step_time) == (0.1, 0.25)
+    run.goodbye(0)
+    run.goodbye(1)
+    run.ended()
+
+
+def test_the_status_names_whom_the_ranks_wait_for(tmp_path: Path) -> None:
+    run = Run(tmp_path, 2)
+    run.hello(0)
+    run.hello(1)
+    assert run.writer.status().straggler is None
+    run.writer._parts.reducer.timings._stragglers.current = slow = Straggler(1, "data", 0.5)
+    assert run.writer.status().straggler == str(slow)
+    run.goodbye(0)
+    run.goodbye(1)
+    run.ended()
+
+
+def test_the_status_shows_the_job_s_loss_or_else_the_mean_of_its_ranks(tmp_path: Path) -> None:
+    run = Run(tmp_path, 2)
+    run.hello(0)
+    run.hello(1)
+    for rank, loss in ((0, 1.0), (1, 3.0)):
+        run.send(rank, (SCALARS, 0, time.time_ns(), RANK, {"loss": loss}))
+    assert run.writer.status().loss == 2.0
+    for rank, loss in ((0, 5.0), (1, 7.0)):
+        run.log(rank, 1, loss=loss)
+    assert run.writer.status().loss == 5.0
+    run.goodbye(0)
+    run.goodbye(1)
     run.ended()
 
 
@@ -349,6 +419,39 @@ def test_a_log_dir_that_cannot_be_written_is_said_and_nothing_is_acknowledged(
     run.goodbye(0)
     wait_until(lambda: run.writer.status().closed)
     assert "The journal is written again." in run.writer.status().notices
+
+
+def test_time_goes_on_in_a_journal_in_which_nothing_else_is_written(tmp_path: Path) -> None:
+    """Once in a while, for whoever reads it from another machine."""
+    run = Run(tmp_path, 1, rank_timeout=60.0)
+    run.hello(0)
+    began, each = time.monotonic(), ticker.ALIVE_TICK_S
+    for seconds in (each - 5, each + 1, each + 2, 2 * each - 5, 2 * each + 2):
+        with run.writer._members.lock:
+            run.writer._ticker._keep_time(began + seconds)
+    assert run.writer._journal.settled(10)
+    (path,) = journal_files(run.writer._parts.directory).values()
+    assert [type(found[1]) for found in entries(path) if not isinstance(found, Damaged)].count(Tick) == 2
+    run.goodbye(0)
+    run.ended()
+
+
+def test_the_writer_s_log_says_now_and_then_how_the_run_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ticker, "STATUS_LINE_S", 0.1)
+    said = ""
+
+    def told() -> bool:
+        nonlocal said
+        said += "".join(capsys.readouterr())
+        return "running | ranks 1/1 |" in said
+
+    run = Run(tmp_path, 1, rank_timeout=60.0)
+    run.hello(0)
+    wait_until(told)
+    run.goodbye(0)
+    run.ended()
 
 
 def test_status_line_and_repr(tmp_path: Path) -> None:
