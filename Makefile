@@ -67,6 +67,7 @@ docs: install
 wheel: install
 	$(PIP) build
 	rm -rf build/lib
+	rm -f dist/swanlab_ray-*.whl
 	$(BIN)/python -m build --wheel --outdir dist .
 
 # The wheel with each extra in an environment of its own, installed as people do it. Gigabytes, and many minutes.

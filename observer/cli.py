@@ -353,7 +353,6 @@ def doctor(lark: bool) -> None:
 
     \b
       torchrun --nnodes=2 ... --nproc_per_node=1 --no-python swanlab-ray doctor
-      srun swanlab-ray doctor
     """
     from swanlab_ray.observer.doctor.examine import examine
 

@@ -295,7 +295,8 @@ class Observer:
         while not self.wait_ready(0.1):
             waited = monotonic() - began
             if waited > STRICT_CONNECT_S or (self._channel.last_error and waited > STRICT_RETRY_S):
-                why = self._channel.last_error  # before what finish() has to say
+                # Before what finish() has to say.
+                why = self._channel.last_error or f"it has not answered for {STRICT_CONNECT_S:.0f} s"
                 self.finish("aborted", "never connected", timeout=0.1)
                 raise ConnectionError(f"The writer cannot be reached: {why}")
 

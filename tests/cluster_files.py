@@ -127,7 +127,7 @@ def _dockerfile(path: Path, text: str) -> Iterator[str]:
     needed = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "py.typed", "actors", "observer", "plugin"}
     yield from (f"{name} is not copied" for name in {*needed, "docs/examples"} - copied)
     for command in re.findall(r"^RUN (.*)", instructions, re.M):
-        _run(shlex.split(command.replace("${PACKAGES}", "")), copied)
+        _run(shlex.split(command), copied)
 
 
 def _run(words: list[str], copied: set[str]) -> None:

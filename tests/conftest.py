@@ -99,7 +99,7 @@ while not nobody_holds(str(directory / "used")):
 
 SLOW = {
     *("test_agent_starting", "test_callback", "test_cli", "test_cloud", "test_cluster_configs"),
-    *("test_cluster_mutants", "test_completions", "test_contracts", "test_demo", "test_doctor", "test_exactly_once"),
+    *("test_cluster_mutants", "test_completions", "test_contracts", "test_demo", "test_exactly_once"),
     *("test_examples", "test_exported_members", "test_guards", "test_hangs", "test_hosts", "test_kill9"),
     *("test_own_ray", "test_phases", "test_plugin", "test_power_loss", "test_real_launchers", "test_rlhf"),
     *("test_secrets", "test_slurm", "test_torchrun", "test_tracker", "test_wheel", "test_workers"),

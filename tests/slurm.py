@@ -78,7 +78,11 @@ class Slurm:
         (here / "cgroup.conf").write_text("CgroupAutomount=no\n")
         self.environment = {"SLURM_CONF": str(here / "slurm.conf")}
         self._daemons = [self._daemon("slurmctld", "-D", "-c"), *(self._daemon("slurmd", "-D", "-N", n) for n in NODES)]
-        wait_until(self._is_ready, 60, "a Slurm of two nodes")
+        try:
+            wait_until(self._is_ready, 60, "a Slurm of two nodes")
+        except BaseException:
+            self.end()
+            raise
 
     def _daemon(self, *command: str) -> subprocess.Popen[bytes]:
         with open(self._here / f"{'-'.join(command)}.log", "wb") as log:
@@ -128,4 +132,9 @@ class Slurm:
         self.run("scancel", "--signal=KILL", "--user", getpass.getuser())
         for daemon in reversed(self._daemons):
             daemon.send_signal(signal.SIGTERM)
-            daemon.wait(60)
+        for daemon in self._daemons:
+            try:
+                daemon.wait(30)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()

@@ -7,8 +7,6 @@ import json
 import logging
 import re
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,6 @@ from packaging.requirements import Requirement
 
 from swanlab_ray.observer.cli import main
 from swanlab_ray.observer.doctor import cluster, examine, machine, services, versions
-from tests.conftest import SharedCluster, environment
 from tests.lark_bot import SECRET, TOKEN, LarkGroup, title
 from tests.swanlab_cloud import KEY, SwanLabCloud
 
@@ -174,23 +171,27 @@ def test_a_head_without_the_package_or_with_another_one() -> None:
     assert other.told == "it has swanlab-ray 0.1.0 (here 0.2.0): install the same version there"
 
 
-def test_all_ranks_of_a_job_in_a_cluster(tmp_path: Path, in_cluster: SharedCluster) -> None:
-    """Each tells what it sees, the first of a machine looks at that, and the last one to end tells of all."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "swanlab_ray.observer.cli", "doctor"],
-        env=environment() | {"SWANLAB_MODE": "offline", "RAY_ADDRESS": in_cluster.address},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line.partition("  ")[2] for line in done.stdout.splitlines()]
-    assert len([line for line in lines if line.startswith("ok     trial run: the writer answered after ")]) == 2
-    assert f"ok     Ray: the cluster at {in_cluster.address} works" in lines
-    assert [line for line in lines if line.startswith("ok     head: swanlab-ray ")]
-    host = socket.gethostname()
-    assert f"ok     all ranks: 2 ranks on 1 machine ({host}) in one run" in lines
-    assert not (tmp_path / "swanlog").exists()
+@pytest.mark.parametrize(
+    ("env", "line"),
+    [
+        ({"USE_SWANLAB": "false"}, "note   settings: project (none"),
+        ({"SWANLAB_MODE": "disabled"}, "nothing is observed, by SWANLAB_MODE or USE_SWANLAB"),
+        (
+            {"SWANLAB_MODE": "cloud", "SWANLAB_INTERACTIVE": "maybe"},
+            "SwanLab: it cannot be looked at (ValidationError)",
+        ),
+    ],
+)
+def test_what_stops_one_look_does_not_stop_the_others(env: dict[str, str], line: str, doctor: Doctor) -> None:
+    said = doctor(**env)
+    assert line in said.output
+    assert "ok     Ray: no cluster is named" in said.output
+
+
+def test_machines_that_cannot_find_each_other_make_no_trial_run(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examine, "examine_trial", lambda settings, world_size: pytest.fail("it was made"))
+    said = doctor(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2", SLURM_STEP_TASKS_PER_NODE="1(x2)")
+    assert said.code == 0, said.output
+    assert "note   trial run: none was made, since its machines could not find each other" in said.output

@@ -60,6 +60,7 @@ ELASTIC = """
         observer.log({"loss": step}, step)
         step += 1
         if observer.rank == 0:
+            assert observer.flush(60)
             (here / "new").write_text(str(step))
             (here / "new").rename(here / "step")  # the checkpoint
             (here / f"size{size}").touch()

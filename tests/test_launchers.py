@@ -99,6 +99,9 @@ def test_any_environment_is_a_place_in_a_job_or_one_sentence(env: dict[str, str]
         (HYDRA, Identity(5, 8, 1, 2, node=1)),
         (HYDRA | {"RANK": "5", "WORLD_SIZE": "8"}, Identity(5, 8, 1, 2, node=1)),
         (HYDRA | {"RANK": "0", "WORLD_SIZE": "4"}, Identity(0, 4, 0, 4)),
+        # Hydra has started a proxy on each node by srun; or srun its tasks, and told them two of Hydra's variables.
+        (SLURM | HYDRA, Identity(5, 8, 1, 2, node=1)),
+        (SLURM | {"PMI_RANK": "3", "PMI_SIZE": "5", "SLURM_STEP_TASKS_PER_NODE": "3,2"}, Identity(3, 5, 0, 2, node=1)),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3,1(x2)", "RANK": "3", "WORLD_SIZE": "5"},
          Identity(3, 5, 0, 3, node=1)),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,28 @@ def test_a_job_that_was_submitted_to_ray(tmp_path: Path, dashboard: SharedCluste
     started(tmp_path, BY_ITSELF, [*ray, f"--runtime-env-json={variables}", "--", *entrypoint])
     (run,) = find_runs([tmp_path / "swanlog"])
     check(run, range(2))
+
+
+def test_all_ranks_of_a_job_in_a_cluster(tmp_path: Path, in_cluster: SharedCluster) -> None:
+    """Each tells what it sees, the first of a machine looks at that, and the last one to end tells of all."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "swanlab_ray.observer.cli", "doctor"],
+        env=environment() | {"SWANLAB_MODE": "offline", "RAY_ADDRESS": in_cluster.address},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.partition("  ")[2] for line in done.stdout.splitlines()]
+    assert len([line for line in lines if line.startswith("ok     trial run: the writer answered after ")]) == 2
+    assert f"ok     Ray: the cluster at {in_cluster.address} works" in lines
+    assert [line for line in lines if line.startswith("ok     head: swanlab-ray ")]
+    host = socket.gethostname()
+    assert f"ok     all ranks: 2 ranks on 1 machine ({host}) in one run" in lines
+    assert not (tmp_path / "swanlog").exists()
 
 
 def check(run: RunFiles, ranks: range) -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import psutil
 
-OF_ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay")
+OF_ONE_MACHINE = (
+    *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "bcachefs"),
+    *("tmpfs", "ramfs", "overlay", "fuse.fuse-overlayfs"),
+)
 
 
 def nearest(path: Path) -> Path:

@@ -112,17 +112,22 @@ class Meeting:
 
     def _head_told(self, deadline: Callable[[], float]) -> Head | None:
         began = time.monotonic()
-        missing = (
-            f"The job runs on {self._identity.nodes} machines, and rank 0 has not told where to report: call "
-            "torch.distributed.init_process_group(), or set RAY_ADDRESS=HEAD:6379 of a Ray cluster on each."
-        )
         while (told := self._read()) is None:
             if shared_store() is None and running_address() is not None:
                 return None  # as each machine of a cluster has noted
             waited = time.monotonic() - began
             if waited >= WAIT_S or time.monotonic() >= deadline():
-                raise LinkBroken(missing)
+                raise LinkBroken(self._missing())
             if waited >= TOLD_S:
-                warn_once("rank 0 has not told", f"{missing} What this rank logs is kept meanwhile.")
+                warn_once("rank 0 has not told", f"{self._missing()} What this rank logs is kept meanwhile.")
             time.sleep(POLL_S)
         return told
+
+    def _missing(self) -> str:
+        told = f"The job runs on {self._identity.nodes} machines, and rank 0 has not told where to report"
+        if shared_store() is not None:
+            return f"{told}: it has not called connect() yet."
+        return (
+            f"{told}: call torch.distributed.init_process_group(), or set RAY_ADDRESS=HEAD:6379 of a Ray cluster on "
+            "each."
+        )

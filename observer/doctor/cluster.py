@@ -7,7 +7,7 @@ from typing import Any
 
 from swanlab_ray.observer.doctor.finding import Finding
 from swanlab_ray.observer.doctor.versions import installed
-from swanlab_ray.observer.ray_cluster.finding import NoCluster, join, leave, meant
+from swanlab_ray.observer.ray_cluster.finding import NoCluster, OtherVersion, join, leave, meant
 
 ANSWER_S = 120.0
 """How long a worker may take to start there."""
@@ -25,8 +25,13 @@ def examine_cluster() -> Iterator[Finding]:
         return
     try:
         there = _on_head(address, installed_there)
-    except NoCluster as error:
+    except OtherVersion as error:
         yield Finding("wrong", "Ray", f"{str(error).rstrip('.')}: run both sides with the same Ray and Python")
+        return
+    except NoCluster as error:
+        yield Finding(
+            "wrong", "Ray", f"{str(error).rstrip('.')}: is this machine a node of it? `ray start` makes it one"
+        )
         return
     except Exception as error:
         told = f"the cluster at {address} ran nothing on its head ({type(error).__name__}): look at `ray status`"
@@ -43,13 +48,13 @@ def compared(address: str, here: dict[str, str], there: dict[str, str]) -> Findi
             "wrong", "head", f"swanlab-ray is not installed on {address}, where the writer runs: pip install it"
         )
     other = [
-        f"{name} {there.get(name, 'missing')} (here {here[name]})"
+        f"{name} {there.get(name, 'missing')} (here {here.get(name, 'missing')})"
         for name in ("swanlab-ray", "swanlab")
-        if name in here and there.get(name) != here[name]
+        if there.get(name) != here.get(name)
     ]
     if other:
         return Finding("wrong", "head", f"it has {', '.join(other)}: install the same version there")
-    return Finding("ok", "head", f"swanlab-ray {there['swanlab-ray']} and swanlab {there['swanlab']}, as here")
+    return Finding("ok", "head", f"swanlab-ray {there['swanlab-ray']} is there, as here")
 
 
 def _on_head(address: str, function: Callable[[], Any]) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
 from swanlab_ray.observer.doctor.cluster import examine_cluster
@@ -11,7 +13,7 @@ from swanlab_ray.observer.doctor.machine import examine_disk, examine_ports
 from swanlab_ray.observer.doctor.services import examine_cloud, examine_lark
 from swanlab_ray.observer.doctor.trial import examine_trial
 from swanlab_ray.observer.doctor.versions import examine_versions
-from swanlab_ray.observer.job.identity import Identity, identify
+from swanlab_ray.observer.job.identity import Identity, identify, shared_store
 
 
 def examine(lark: bool) -> Iterator[Finding]:
@@ -26,18 +28,40 @@ def examine(lark: bool) -> Iterator[Finding]:
         yield Finding("wrong", "settings", str(error).rstrip("."))
         return
     if place.local_rank == 0:
-        yield from _of_the_machine(settings, place, lark)
-    yield from examine_trial(settings, place.world_size)
+        for about, look in _of_the_machine(settings, place, lark).items():
+            yield from _guarded(about, look)
+    if place.nodes > 1 and not os.environ.get("RAY_ADDRESS") and shared_store() is None:
+        told = "its machines could not find each other: start the doctor by torchrun, or set RAY_ADDRESS"
+        yield Finding("note", "trial run", f"none was made, since {told}")
+        return
+    yield from _guarded("trial run", lambda: examine_trial(settings, place.world_size))
 
 
-def _of_the_machine(settings: ObserverSettings, place: Identity, lark: bool) -> Iterator[Finding]:
+def _of_the_machine(
+    settings: ObserverSettings, place: Identity, lark: bool
+) -> dict[str, Callable[[], Iterable[Finding]]]:
+    return {
+        "ports": examine_ports,  # first: later the agent of this machine's ranks listens at one
+        "settings": lambda: [_of_settings(settings)],
+        "versions": examine_versions,
+        "log_dir": lambda: examine_disk(settings.log_dir),
+        "SwanLab": lambda: examine_cloud(settings, first_machine=place.node == 0),
+        "Lark": partial(examine_lark, settings, lark and place.rank == 0),
+        "Ray": examine_cluster,
+    }
+
+
+def _guarded(about: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """What stops one look does not stop the others. Its text may hold a secret."""
+    try:
+        yield from look()
+    except Exception as error:
+        yield Finding("wrong", about, f"it cannot be looked at ({type(error).__name__}): check the variables for it")
+
+
+def _of_settings(settings: ObserverSettings) -> Finding:
     project = settings.project or "(none: pass project= or set SWANLAB_PROJ_NAME)"
-    yield Finding("ok", "settings", f"project {project}, mode {settings.mode}, runs in {settings.log_dir}")
-    yield from examine_versions()
-    yield from examine_disk(settings.log_dir)
-    yield examine_ports()
-    yield examine_cloud(settings, first_machine=place.node == 0)
-    bot = examine_lark(settings, lark and place.rank == 0)
-    if bot is not None:
-        yield bot
-    yield from examine_cluster()
+    told = f"project {project}, mode {settings.mode}, runs in {settings.log_dir}"
+    if settings.mode == "disabled" or ("use_swanlab" in settings.model_fields_set and not settings.use_swanlab):
+        return Finding("note", "settings", f"{told}; nothing is observed, by SWANLAB_MODE or USE_SWANLAB")
+    return Finding("ok", "settings", told)

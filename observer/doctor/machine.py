@@ -27,6 +27,7 @@ def examine_disk(log_dir: Path) -> Iterator[Finding]:
     try:
         check_writable(log_dir)
         seconds = _sync_time(log_dir)
+        kind = file_system(log_dir) or "a disk"
         free = shutil.disk_usage(nearest(log_dir)).free
     except SettingsError as error:
         yield Finding("wrong", "log_dir", str(error).rstrip("."))
@@ -34,7 +35,7 @@ def examine_disk(log_dir: Path) -> Iterator[Finding]:
     except OSError as error:
         yield Finding("wrong", "log_dir", f"'{log_dir}' cannot be written ({error.strerror}): set OBSERVER_LOG_DIR")
         return
-    told = f"{log_dir}: {file_system(log_dir)}, {free / 1e9:.0f} GB free, an fsync takes {1e3 * seconds:.1f} ms"
+    told = f"{log_dir}: {kind}, {free / 1e9:.0f} GB free, an fsync takes {1e3 * seconds:.1f} ms"
     if free < LEAST_BYTES:
         yield Finding("wrong", "log_dir", f"{told}: make room, or set OBSERVER_LOG_DIR to a larger disk")
     elif seconds > SLOW_SYNC_S:
@@ -43,18 +44,20 @@ def examine_disk(log_dir: Path) -> Iterator[Finding]:
         yield Finding("ok", "log_dir", told)
 
 
-def examine_ports() -> Finding:
+def examine_ports() -> Iterator[Finding]:
     """Whether there is one at which the agents of other machines could reach this one."""
     try:
         listening, _ = listen()
     except (OSError, ValueError) as error:
-        return Finding("wrong", "ports", f"{error}; other machines could not report to this one")
+        yield Finding("wrong", "ports", f"{error}; other machines could not report to this one")
+        return
     port = listening.getsockname()[1]
     listening.close()
     given = os.environ.get("OBSERVER_PORTS", "").strip()
     if given:
-        return Finding("ok", "ports", f"{port} is free, of OBSERVER_PORTS {given}")
-    return Finding("ok", "ports", "any that is free; for a firewall set OBSERVER_PORTS, such as 20000-20100")
+        yield Finding("ok", "ports", f"{port} is free, of OBSERVER_PORTS {given}")
+    else:
+        yield Finding("ok", "ports", "any that is free; for a firewall set OBSERVER_PORTS, such as 20000-20100")
 
 
 def _sync_time(log_dir: Path) -> float:

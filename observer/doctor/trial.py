@@ -43,6 +43,7 @@ def examine_trial(settings: ObserverSettings, world_size: int) -> Iterator[Findi
     directory = settings.log_dir / f"{PREFIX}{secrets.token_hex(3)}"
     try:
         observer = connect(
+            use_swanlab=True,
             project="doctor",
             mode="offline",
             run_id=settings.run_id and f"{settings.run_id[:50]}-doctor",
@@ -57,8 +58,9 @@ def examine_trial(settings: ObserverSettings, world_size: int) -> Iterator[Findi
         yield from _through(observer, world_size)
     except (SettingsError, ConnectionError) as error:
         yield Finding("wrong", "trial run", str(error).rstrip("."))
-        shutil.rmtree(directory, ignore_errors=True)  # what it has put aside
     finally:
+        if not list(directory.glob("observer/*/journal-*")):  # else it is the writer's, and perhaps not over
+            shutil.rmtree(directory, ignore_errors=True)  # of what could not be sent, and of who takes part
         if not there_was:
             with suppress(OSError):
                 settings.log_dir.rmdir()  # unless others are not yet done

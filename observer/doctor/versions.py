@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from swanlab_ray.observer.doctor.finding import Finding
 
@@ -42,8 +42,12 @@ def examine_versions() -> Iterator[Finding]:
     for name, (oldest, newest) in TESTED.items():
         if name not in here:
             continue
-        number = Version(here[name]).public  # without what it was built with, such as +cpu
-        if not Version(oldest) <= Version(number) <= Version(newest):
+        try:
+            number = Version(here[name]).public  # without what it was built with, such as +cpu
+            known = Version(oldest) <= Version(number) <= Version(newest)
+        except InvalidVersion:  # of somebody's own
+            number, known = here[name], False
+        if not known:
             tested = oldest if oldest == newest else f"{oldest} to {newest}"
             yield Finding("note", name, f"{number} is not among what is tested ({tested}); it may work as well")
 

@@ -27,6 +27,7 @@ from swanlab_ray.observer.trainers.internals import default_store
 STORE_TIMEOUT_S = 60.0
 """How long a store is waited for that the ranks agree through; then it is tried again."""
 RUN_ID_KEY = "swanlab-ray/run-id"
+STORE_POLL_S = 0.1
 STORE_DEADLINE_S = 5.0
 """How long torchrun's store is waited for where only a nonce is asked of it."""
 
@@ -190,10 +191,18 @@ def _job(settings: ObserverSettings, identity: Identity, env: Mapping[str, str])
     store = default_store()
     if store is None:
         return None
-    if identity.rank > 0:  # the proposal of rank 0 is the same after a restart
-        with suppress(Exception):
-            store.wait([RUN_ID_KEY], timedelta(seconds=STORE_TIMEOUT_S))
-    return _agree(store, _of_torchrun(env) or fresh_run_id())
+    ours = _of_torchrun(env)
+    if ours is not None and identity.rank > 0:
+        _wait_for_rank_0(store)  # whose proposal is the same after a restart
+    return _agree(store, ours or fresh_run_id())
+
+
+def _wait_for_rank_0(store: Any) -> None:
+    """Not by the store's own ``wait``: meanwhile the training could not use it, and might wait for us."""
+    until = time.monotonic() + STORE_TIMEOUT_S
+    with suppress(Exception):
+        while time.monotonic() < until and not store.check([RUN_ID_KEY]):
+            time.sleep(STORE_POLL_S)
 
 
 def scheduler_step(identity: Identity, env: Mapping[str, str] = os.environ) -> str | None:

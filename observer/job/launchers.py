@@ -34,6 +34,8 @@ class _Launcher:
     """Processes of this node, or a list of those of each node as Slurm writes it; the first that is set."""
     node: str = ""
     """Index of this node, where ranks need not lie on nodes in their order."""
+    needs: tuple[str, ...] = ()
+    """What else has to be set, or the others are somebody else's."""
 
 
 _LAUNCHERS = (
@@ -45,10 +47,11 @@ _LAUNCHERS = (
         "OMPI_COMM_WORLD_LOCAL_RANK",
         ("OMPI_COMM_WORLD_LOCAL_SIZE",),
     ),
+    # MPICH and Intel MPI (Hydra). Before Slurm: Hydra starts its proxies, one a node, by srun, and its ranks have their
+    # variables. Slurm's PMI-2 sets two of these for its own tasks as well, without the third.
+    _Launcher("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",), needs=("MPI_LOCALRANKID",)),
     # The step's variables: a batch script itself has SLURM_NTASKS without being one of these tasks.
     _Launcher("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_STEP_TASKS_PER_NODE",), "SLURM_NODEID"),
-    # MPICH and Intel MPI (Hydra); last, since Slurm sets two of these for its tasks as well.
-    _Launcher("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",)),
 )
 
 
@@ -58,7 +61,7 @@ def place_of(env: Mapping[str, str]) -> Place | None:
     Raises:
         SettingsError: rank and world size are no numbers, or contradict each other.
     """
-    telling = [launcher for launcher in _LAUNCHERS if is_set(env, launcher.rank) and is_set(env, launcher.size)]
+    telling = [one for one in _LAUNCHERS if all(is_set(env, name) for name in (one.rank, one.size, *one.needs))]
     if not telling:
         return None
     launcher = telling[0]
