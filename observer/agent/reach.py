@@ -110,7 +110,10 @@ def connect(head: Head) -> socket.socket:
             failed.append(f"{address}: {error}")
         else:
             return one
-    raise OSError(f"The agent of rank 0's machine cannot be reached ({'; '.join(failed)})")
+    if len(failed) > 1 and failed[-1].startswith("127.0.0.1:"):
+        failed.pop()  # it is there for machines without a network
+    remedy = "" if head.why else ": let that port through, or name others for it in OBSERVER_PORTS"
+    raise OSError(f"The agent of rank 0's machine cannot be reached ({'; '.join(failed)}){remedy}")
 
 
 def answers(head: Head) -> bool:

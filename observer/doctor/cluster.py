@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from swanlab_ray.observer.doctor.finding import Finding
+from swanlab_ray.observer.doctor.finding import Finding, phrase
 from swanlab_ray.observer.doctor.versions import installed
 from swanlab_ray.observer.ray_cluster.finding import NoCluster, OtherVersion, join, leave, meant
 
@@ -18,7 +19,12 @@ def examine_cluster() -> Iterator[Finding]:
     try:
         address = meant()
     except NoCluster as error:
-        yield Finding("wrong", "Ray", str(error).rstrip("."))
+        yield Finding("wrong", "Ray", phrase(error))
+        return
+    given = os.environ.get("RAY_ADDRESS")
+    if address is None and given:
+        told = f"RAY_ADDRESS={given!r} is no cluster that ranks can report to, so each run has one of its own"
+        yield Finding("note", "Ray", told)
         return
     if address is None:
         yield Finding("ok", "Ray", "no cluster is named or runs here, so each run has one of its own while it lasts")
@@ -26,12 +32,10 @@ def examine_cluster() -> Iterator[Finding]:
     try:
         there = _on_head(address, installed_there)
     except OtherVersion as error:
-        yield Finding("wrong", "Ray", f"{str(error).rstrip('.')}: run both sides with the same Ray and Python")
+        yield Finding("wrong", "Ray", f"{phrase(error)}: run both sides with the same Ray and Python")
         return
     except NoCluster as error:
-        yield Finding(
-            "wrong", "Ray", f"{str(error).rstrip('.')}: is this machine a node of it? `ray start` makes it one"
-        )
+        yield Finding("wrong", "Ray", f"{phrase(error)}: is this machine a node of it? `ray start` makes it one")
         return
     except Exception as error:
         told = f"the cluster at {address} ran nothing on its head ({type(error).__name__}): look at `ray status`"

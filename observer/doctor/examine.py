@@ -8,7 +8,7 @@ from functools import partial
 
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
 from swanlab_ray.observer.doctor.cluster import examine_cluster
-from swanlab_ray.observer.doctor.finding import Finding
+from swanlab_ray.observer.doctor.finding import Finding, phrase
 from swanlab_ray.observer.doctor.machine import examine_disk, examine_ports
 from swanlab_ray.observer.doctor.services import examine_cloud, examine_lark
 from swanlab_ray.observer.doctor.trial import examine_trial
@@ -25,11 +25,15 @@ def examine(lark: bool) -> Iterator[Finding]:
     try:
         settings, place = ObserverSettings(), identify()
     except SettingsError as error:
-        yield Finding("wrong", "settings", str(error).rstrip("."))
+        yield Finding("wrong", "settings", phrase(error))
+        yield from _guarded("versions", examine_versions)
         return
     if place.local_rank == 0:
         for about, look in _of_the_machine(settings, place, lark).items():
-            yield from _guarded(about, look)
+            for found in _guarded(about, look):
+                yield found
+                if (found.state, found.about) == ("wrong", "log_dir"):
+                    return  # where the trial run would lie
     if place.nodes > 1 and not os.environ.get("RAY_ADDRESS") and shared_store() is None:
         told = "its machines could not find each other: start the doctor by torchrun, or set RAY_ADDRESS"
         yield Finding("note", "trial run", f"none was made, since {told}")
@@ -44,10 +48,10 @@ def _of_the_machine(
         "ports": examine_ports,  # first: later the agent of this machine's ranks listens at one
         "settings": lambda: [_of_settings(settings)],
         "versions": examine_versions,
-        "log_dir": lambda: examine_disk(settings.log_dir),
         "SwanLab": lambda: examine_cloud(settings, first_machine=place.node == 0),
         "Lark": partial(examine_lark, settings, lark and place.rank == 0),
         "Ray": examine_cluster,
+        "log_dir": lambda: examine_disk(settings.log_dir),
     }
 
 

@@ -13,3 +13,9 @@ class Finding(NamedTuple):
     about: str
     told: str
     """What was found, and what to do about it."""
+
+
+def phrase(error: Exception) -> str:
+    """A sentence without its full stop; one that stands by itself is a character that the sentence names."""
+    text = str(error)
+    return text.removesuffix(".") if not text.endswith(" .") else text

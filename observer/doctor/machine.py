@@ -13,7 +13,7 @@ from pathlib import Path
 from swanlab_ray.actors.runs.disks import file_system, nearest
 from swanlab_ray.actors.settings import SettingsError, check_writable
 from swanlab_ray.observer.agent.reach import listen
-from swanlab_ray.observer.doctor.finding import Finding
+from swanlab_ray.observer.doctor.finding import Finding, phrase
 
 LEAST_BYTES = 1 << 30
 """Of free space: what a long run with many ranks needs."""
@@ -30,7 +30,7 @@ def examine_disk(log_dir: Path) -> Iterator[Finding]:
         kind = file_system(log_dir) or "a disk"
         free = shutil.disk_usage(nearest(log_dir)).free
     except SettingsError as error:
-        yield Finding("wrong", "log_dir", str(error).rstrip("."))
+        yield Finding("wrong", "log_dir", phrase(error))
         return
     except OSError as error:
         yield Finding("wrong", "log_dir", f"'{log_dir}' cannot be written ({error.strerror}): set OBSERVER_LOG_DIR")

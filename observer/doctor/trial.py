@@ -16,7 +16,7 @@ from swanlab_ray.actors.runs.merging import merged
 from swanlab_ray.actors.settings import ObserverSettings, SettingsError
 from swanlab_ray.actors.wire.status import WriterStatus
 from swanlab_ray.actors.wire.text import many
-from swanlab_ray.observer.doctor.finding import Finding
+from swanlab_ray.observer.doctor.finding import Finding, phrase
 from swanlab_ray.observer.observer import Observer
 from swanlab_ray.observer.script.notices import logger
 from swanlab_ray.observer.session import connect
@@ -57,10 +57,14 @@ def examine_trial(settings: ObserverSettings, world_size: int) -> Iterator[Findi
         )
         yield from _through(observer, world_size)
     except (SettingsError, ConnectionError) as error:
-        yield Finding("wrong", "trial run", str(error).rstrip("."))
+        yield Finding("wrong", "trial run", phrase(error))
+        _remove(directory)  # what could not be sent
+    except BaseException:  # Ctrl-C
+        _remove(directory)
+        raise
     finally:
         if not list(directory.glob("observer/*/journal-*")):  # else it is the writer's, and perhaps not over
-            shutil.rmtree(directory, ignore_errors=True)  # of what could not be sent, and of who takes part
+            _remove(directory)  # it was noted there who takes part
         if not there_was:
             with suppress(OSError):
                 settings.log_dir.rmdir()  # unless others are not yet done
