@@ -27,6 +27,8 @@ RANK_TIMEOUT_S = 10.0
 GIVEN_UP_S = 3 * RANK_TIMEOUT_S
 """How long rank 0 waits for the end of a run to which not all have come."""
 POLL_S = 0.5
+INTERRUPTED_S = 5.0
+"""How long Ctrl-C waits for the run's end."""
 CLOCK_S = 2.0
 """By how much clocks may differ: messages tell it to about one second."""
 
@@ -41,6 +43,7 @@ def examine_trial(settings: ObserverSettings, world_size: int) -> Iterator[Findi
     logger.setLevel(logging.WARNING)  # nobody is to upload it
     there_was = settings.log_dir.exists()
     directory = settings.log_dir / f"{PREFIX}{secrets.token_hex(3)}"
+    observer: Observer | None = None
     try:
         observer = connect(
             use_swanlab=True,
@@ -60,6 +63,8 @@ def examine_trial(settings: ObserverSettings, world_size: int) -> Iterator[Findi
         yield Finding("wrong", "trial run", phrase(error))
         _remove(directory)  # what could not be sent
     except BaseException:  # Ctrl-C
+        if observer is not None:
+            observer.finish("aborted", "interrupted", timeout=INTERRUPTED_S)
         _remove(directory)
         raise
     finally:
@@ -96,8 +101,8 @@ def _through(observer: Observer, world_size: int) -> Iterator[Finding]:
         _remove(Path(outcome.journal).parents[1])
     elif observer.rank == 0:  # it does not end before all have come, or are given up
         for directory in observer.settings.log_dir.parent.glob(f"{PREFIX}*/observer/{observer.run_id}"):
-            hosts = _came(directory)
-            yield _of_all(hosts, world_size)
+            with suppress(FileNotFoundError):  # the last one has told, and removed it
+                yield _of_all(_came(directory), world_size)
             _remove(directory.parents[1])
 
 
