@@ -118,7 +118,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """More than there are cores, since most of a test that takes long is waiting; but on a slow machine it is not."""
-    return 5 if SLOWNESS < 2 else 2
+    return 4 if SLOWNESS < 2 else 2
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
