@@ -41,7 +41,8 @@ JOB = """
                 time.sleep(0.01)
     if "ALONE" not in os.environ:
         dist.barrier()
-    print("finished", observer.finish(timeout=float(os.environ.get("FINISH", 90))), "ray" in sys.modules, observer.statistics(), flush=True)
+    complete = observer.finish(timeout=float(os.environ.get("FINISH", 90)))
+    print("finished", complete, "ray" in sys.modules, observer.statistics(), flush=True)
 """
 
 
