@@ -45,7 +45,7 @@ check: install
 	$(MAKE) --jobs 2 lint typecheck check-units
 
 check-units: install
-	$(PYTEST) --quick
+	$(BIN)/python -m pytest --numprocesses 8 --maxschedchunk 1 --quick
 
 # The byte code of what all of pytest's workers import at the same time is made once.
 build/imported: $(INSTALLED)

@@ -624,6 +624,7 @@ def test_refusals_are_told_with_the_answer_to_the_goodbye_though_another_was_los
     assert run.end() == ("success", None)
 
 
+@pytest.mark.takes(8)
 def test_refusals_are_told_though_much_waits_to_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Told(tmp_path)
     run.welcome(0)
