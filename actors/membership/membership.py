@@ -63,7 +63,9 @@ class Membership:
         self._newcomers = Newcomers(run_id, settings, self.processes.gone)
         self._differences = Differences(settings)
         self._replaced: dict[int, tuple[str, Member | None]] = {}  # the life of each rank whose place was taken last
-        self._declined = self._spread = False
+        self._declined = False
+        # Asked now, without the lock: a disk may hang later.
+        self._on_one_machine = told_of_one_machine(Path(journal.directory).parents[1], socket.gethostname())
         self._born = self.last_batch = time.monotonic()
         if sessions.over is None:
             self._restore()
@@ -210,12 +212,10 @@ class Membership:
         return member
 
     def _note_machines(self, hello: Hello) -> None:
-        if self._spread or all(member.process.host == hello.host for member in self.ranks.values()):
+        if self._on_one_machine is None or all(one.process.host == hello.host for one in self.ranks.values()):
             return
-        self._spread = True
-        sentence = told_of_one_machine(Path(self._journal.directory).parents[1], socket.gethostname())
-        if sentence is not None:
-            self._notices(sentence)
+        self._notices(self._on_one_machine)
+        self._on_one_machine = None
 
     def _change_world(self, hello: Hello, alone: bool) -> None:
         others = [member for member in self.ranks.values() if member.state == "running" and not member.restored]

@@ -34,11 +34,7 @@ def examine(lark: bool) -> Iterator[Finding]:
                 yield found
                 if (found.state, found.about) == ("wrong", "log_dir"):
                     return  # where the trial run would lie
-    if place.nodes > 1 and not os.environ.get("RAY_ADDRESS") and shared_store() is None:
-        told = "its machines could not find each other: start the doctor by torchrun, or set RAY_ADDRESS"
-        yield Finding("note", "trial run", f"none was made, since {told}")
-        return
-    yield from _guarded("trial run", lambda: examine_trial(settings, place.world_size))
+    yield from _guarded("trial run", partial(_of_the_job, settings, place))
 
 
 def _of_the_machine(
@@ -53,6 +49,14 @@ def _of_the_machine(
         "Ray": examine_cluster,
         "log_dir": lambda: examine_disk(settings.log_dir),
     }
+
+
+def _of_the_job(settings: ObserverSettings, place: Identity) -> Iterator[Finding]:
+    if place.nodes > 1 and not os.environ.get("RAY_ADDRESS") and shared_store() is None:
+        told = "its machines could not find each other: start the doctor by torchrun, or set RAY_ADDRESS"
+        yield Finding("note", "trial run", f"none was made, since {told}")
+        return
+    yield from examine_trial(settings, place.world_size)
 
 
 def _guarded(about: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:

@@ -61,7 +61,6 @@ def examine_trial(settings: ObserverSettings, world_size: int) -> Iterator[Findi
         yield from _through(observer, world_size)
     except (SettingsError, ConnectionError) as error:
         yield Finding("wrong", "trial run", phrase(error))
-        _remove(directory)  # what could not be sent
     except BaseException:  # Ctrl-C
         if observer is not None:
             observer.finish("aborted", "interrupted", timeout=INTERRUPTED_S)
@@ -69,7 +68,7 @@ def examine_trial(settings: ObserverSettings, world_size: int) -> Iterator[Findi
         raise
     finally:
         if not list(directory.glob("observer/*/journal-*")):  # else it is the writer's, and perhaps not over
-            _remove(directory)  # it was noted there who takes part
+            _remove(directory)  # what could not be sent, and who takes part
         if not there_was:
             with suppress(OSError):
                 settings.log_dir.rmdir()  # unless others are not yet done
