@@ -151,3 +151,19 @@ def test_warnings_that_are_errors_end_nothing() -> None:
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120, env=environment()
     )
     assert (done.stdout, done.returncode) == ("fine\n", 0), done.stderr
+
+
+@pytest.mark.timeout(60)
+def test_a_line_longer_than_a_pipe_takes_makes_nobody_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stderr", os.fdopen(writer, "w"))
+    line = "".join(f"{number:06}" for number in range(15_000))  # 90,000 characters; a pipe holds 65,536 bytes
+    with alone():
+        notices.logger.warning(line)
+        said = os.read(reader, 1 << 20)
+        notices.logger.warning("the next")
+    os.set_blocking(reader, False)
+    with suppress(BlockingIOError):
+        while more := os.read(reader, 1 << 20):
+            said += more
+    assert said.decode() == f"swanlab-ray: {line}\nswanlab-ray: the next\n"

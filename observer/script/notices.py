@@ -12,7 +12,9 @@ from swanlab_ray.actors.wire.secret_shapes import masked
 from swanlab_ray.actors.wire.text import harmless
 
 UNSAID = 100
-"""Lines that wait for a terminal that takes nothing; the oldest go first."""
+"""Pieces that wait for a terminal that takes nothing; the oldest go first."""
+PIECE = 1_000
+"""Characters that are written at once: a pipe that takes anything takes 4,096 bytes without making us wait."""
 
 
 class _Logger(logging.Logger):
@@ -38,7 +40,8 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if logger.propagate and logging.getLogger().handlers:
             return
-        self._unsaid += f"swanlab-ray: {record.getMessage()}\n".splitlines(keepends=True)
+        for line in f"swanlab-ray: {record.getMessage()}\n".splitlines(keepends=True):
+            self._unsaid += (line[start : start + PIECE] for start in range(0, len(line), PIECE))
         while self._unsaid and _takes_more():
             _print(self._unsaid.popleft())
 
